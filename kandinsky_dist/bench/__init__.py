@@ -1,0 +1,1 @@
+"""Measured tables: JSON records, Markdown rendered from them."""

@@ -1,0 +1,1 @@
+"""Checkpoints over fragments, and export to diffusers folders."""

@@ -1,0 +1,150 @@
+"""Every setting of a run, with its default, unit and meaning.
+
+The dataclasses are frozen: a run's configuration is decided once, before anything starts. A field's
+`doc` is what `--help` prints, so a setting is documented here and nowhere else.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+Stage = Literal["prior", "decoder"]
+STAGES: tuple[Stage, ...] = ("prior", "decoder")
+
+
+def option(default: Any, doc: str, *, stage: Stage | None = None) -> Any:
+    """A documented setting; `stage` names the only stage that it applies to."""
+    return field(default=default, metadata={"doc": doc, "stage": stage})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Identity and length of the run."""
+
+    dir: str = option("runs/{stage}", "run folder; {stage} is replaced by prior or decoder")
+    seed: int = option(0, "seed of data order, captions, noise and timesteps")
+    max_steps: int = option(1000, "optimizer steps in all, restarts included")
+    resume: str = option("auto", "auto: continue the run folder's newest whole checkpoint; never; or a PATH")
+    allow_change: tuple[str, ...] = option(
+        (), "keys that may differ from those of the run that is resumed, e.g. [run.seed]"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where the networks come from: a diffusers pipeline folder or a hub name."""
+
+    prior: str = option("kandinsky-community/kandinsky-2-2-prior", "prior pipeline: prior, CLIP, tokenizer")
+    decoder: str = option("kandinsky-community/kandinsky-2-2-decoder", "decoder pipeline: U-Net, MoVQ")
+    variant: Literal["full", "lora"] = option("full", "full: every weight is trained; lora: adapters")
+    lora_rank: int = option(4, "rank of the adapters (variant=lora)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on and how it is cut into batches."""
+
+    shards: str | None = option(None, "shard folder, glob, brace pattern {000..099} or list file (.txt)")
+    source: Literal["raw"] = option("raw", "raw: images and captions, encoded as they are trained on")
+    num_workers: int = option(2, "decoding processes a rank; 0 decodes in the training process")
+    global_batch_size: int = option(64, "samples an optimizer step, over all ranks")
+    micro_batch_size: int = option(8, "samples a forward pass on one rank")
+    resolution: int = option(512, "side of the decoder's square images, pixels", stage="decoder")
+    caption_dropout: float = option(
+        0.1, "share of captions replaced by '' for guidance, 0 to 1", stage="prior"
+    )
+    image_embedding_dropout: float = option(
+        0.1, "share of image embeddings replaced by that of a black image, 0 to 1", stage="decoder"
+    )
+    audit: bool = option(False, "write the keys of every step to audit/rank_*.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The loss."""
+
+    snr_gamma: float | None = option(
+        None,
+        "min-SNR weighting (5 is usual); the prior predicts x0, whose weight tends to 0 at high noise, "
+        "where text conditioning is learnt",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule; steps are optimizer steps, whatever the accumulation or world size."""
+
+    learning_rate: float = option(1e-4, "peak learning rate")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option(
+        "constant", "shape of the schedule over run.max_steps"
+    )
+    lr_warmup_steps: int = option(0, "optimizer steps of linear warm-up")
+    adam_beta1: float = option(0.9, "decay of the first moment")
+    adam_beta2: float = option(0.999, "decay of the second moment")
+    adam_epsilon: float = option(1e-8, "added to the root of the second moment")
+    weight_decay: float = option(0.0, "decoupled decay of matrices and kernels (never norms, biases, statistics)")
+    max_grad_norm: float = option(1.0, "global gradient norm is clipped to this; 0 does not clip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over ranks and in which arithmetic it runs."""
+
+    strategy: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = option("ddp", "engine")
+    precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 on a GPU, fp32 on a CPU")
+    bucket_mib: float = option(25.0, "gradient bucket, MiB of the communicated type")
+    ds_config: str | None = option(None, "DeepSpeed file in place of ds_configs/<strategy>.json")
+    gradient_checkpointing: bool = option(False, "recompute blocks in backward: less memory, more time")
+    attention: Literal["sdpa", "xformers"] = option("sdpa", "attention kernels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every_steps: int = option(500, "optimizer steps between checkpoints; the last step is always saved")
+    keep: int = option(3, "checkpoints kept, at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryConfig:
+    """What is measured and where it goes."""
+
+    log_every_steps: int = option(10, "optimizer steps between log entries; device scalars are read only then")
+    report_to: tuple[Literal["tensorboard"], ...] = option(("tensorboard",), "sinks beside metrics.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Held-out loss."""
+
+    shards: str | None = option(None, "validation shards, as data.shards")
+    every_steps: int = option(0, "optimizer steps between validations; 0: never")
+    num_samples: int = option(256, "samples of the validation shards that are used, the same ones each time")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run. `stage` is the command's argument, all else are sections."""
+
+    stage: Stage
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def get(self, key: str) -> Any:
+        """Value of a dotted key such as "data.shards"."""
+        section, _, name = key.partition(".")
+        return getattr(getattr(self, section), name)
+
+
+SECTIONS = {item.name: item.default_factory for item in fields(Config) if item.name != "stage"}
+"""Section name -> its dataclass, in the order in which they are printed."""
+
+KEYS = {f"{name}.{item.name}": item for name, section in SECTIONS.items() for item in fields(section)}  # type: ignore[arg-type]
+"""Dotted key -> its dataclass field."""

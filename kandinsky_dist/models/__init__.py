@@ -1,0 +1,1 @@
+"""The networks: loading, frozen encoders, random initialisation, adapters, block-wise transforms."""

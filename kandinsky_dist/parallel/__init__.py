@@ -1,0 +1,1 @@
+"""Strategies: the only place that knows which engine runs."""

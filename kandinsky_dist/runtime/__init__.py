@@ -1,0 +1,1 @@
+"""Distributed runtime: who this process is, what ranks agree on, randomness, logs."""

@@ -1,0 +1,1 @@
+"""Throughput, FLOPs, metric sinks and progress."""
