@@ -1,0 +1,172 @@
+"""Which sample is at a position of the endless training stream: a pure function, nothing to save.
+
+An epoch lays all chunks (runs of neighbouring samples of a shard) end to end in a random order and cuts the
+result into lanes; position q of the epoch is on lane q mod num_lanes. Each lane is shuffled again inside
+windows of a few chunks. A rank that takes every W-th position so follows num_lanes / W lanes, each of which
+reads its shards front to back, and ranks do not meet in a shard except where two lanes touch.
+
+World size and workers do not appear anywhere in here: they cannot change what is trained on.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kandinsky_dist.errors import DataError
+from kandinsky_dist.runtime.hashing import Stream, hash_counters
+
+Int64s = npt.NDArray[np.int64]
+
+MAX_CHUNK_SAMPLES = 1024
+"""Long enough that a chunk of 100 KB images is one 100 MB run, short enough to shuffle."""
+CHUNKS_PER_LANE = 8
+NUM_CACHED_EPOCHS = 2
+"""A global batch can hold the end of one epoch and the start of the next."""
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """Chunks of one epoch in their order, and the slot behind each."""
+
+    chunks: npt.NDArray[np.integer]
+    slot_ends: Int64s
+
+
+def default_chunk_samples(num_samples: int, num_lanes: int) -> int:
+    """Chunk length: a few chunks a lane, so that a small corpus is well shuffled and a large one read in runs."""
+    return max(1, min(MAX_CHUNK_SAMPLES, num_samples // (num_lanes * CHUNKS_PER_LANE)))
+
+
+class Plan:
+    """Position -> (shard, index): every sample exactly once an epoch, for ever.
+
+    Memory grows with the number of chunks (16 bytes each and epoch), not with samples; the cost of a position
+    does not depend on how far it is from 0.
+
+    Args:
+        shard_sizes: samples of each shard, any may be 0.
+        seed: run.seed.
+        num_lanes: parallel reading fronts; a multiple of the world size keeps ranks out of each other's shards.
+        chunk_samples: None chooses by corpus size.
+        window_chunks: chunks over which a lane is shuffled.
+
+    Raises:
+        DataError: no samples at all.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: npt.ArrayLike,
+        *,
+        seed: int,
+        num_lanes: int = 64,
+        chunk_samples: int | None = None,
+        window_chunks: int = 4,
+    ) -> None:
+        sizes = np.asarray(shard_sizes, np.int64)
+        self.num_samples = int(sizes.sum())
+        if self.num_samples == 0:
+            raise DataError(f"no samples in {len(sizes)} shards: there is nothing to train on")
+        self.seed = seed
+        self.num_lanes = min(num_lanes, self.num_samples)
+        self.chunk_samples = chunk_samples or default_chunk_samples(self.num_samples, num_lanes)
+        self.window_samples = window_chunks * self.chunk_samples
+        self._sizes = sizes
+        self._chunk_ends = np.cumsum(-(-sizes // self.chunk_samples))  # one entry a shard
+        self._forget()
+
+    def locate(self, positions: npt.ArrayLike) -> tuple[npt.NDArray[np.int32], Int64s]:
+        """Where the samples at some positions lie.
+
+        Args:
+            positions: int64, non-negative, of any order and any epochs.
+
+        Returns:
+            shard (int32) and index inside the shard (int64), of the positions' length.
+        """
+        flat = np.asarray(positions, np.int64)
+        assert flat.ndim == 1
+        assert flat.size == 0 or flat.min() >= 0
+        shards = np.empty(flat.shape, np.int32)
+        indices = np.empty(flat.shape, np.int64)
+        epochs, places = np.divmod(flat, self.num_samples)
+        for epoch in np.unique(epochs):
+            where = epochs == epoch
+            slots = self._slots(int(epoch), places[where])
+            shards[where], indices[where] = self._samples(self._epoch(int(epoch)), slots)
+        return shards, indices
+
+    def _slots(self, epoch: int, places: Int64s) -> Int64s:
+        """Slot of each place of an epoch: its lane, and the shuffle inside the lane's window."""
+        share, num_longer = divmod(self.num_samples, self.num_lanes)
+        lanes = places % self.num_lanes
+        lane_starts = lanes * share + np.minimum(lanes, num_longer)
+        windows, inside = np.divmod(places // self.num_lanes, self.window_samples)
+        window_starts = lane_starts + windows * self.window_samples
+        lane_ends = lane_starts + share + (lanes < num_longer)
+        lengths = np.minimum(self.window_samples, lane_ends - window_starts)
+        starts, first, group = np.unique(window_starts, return_index=True, return_inverse=True)
+        slots = np.empty_like(places)
+        for number, start in enumerate(starts.tolist()):
+            members = group == number
+            order = self._window(epoch, start, int(lengths[first[number]]))
+            slots[members] = start + order[inside[members]]
+        return slots
+
+    def _samples(self, epoch: _Epoch, slots: Int64s) -> tuple[Int64s, Int64s]:
+        ranks = np.searchsorted(epoch.slot_ends, slots, side="right")
+        chunks = epoch.chunks[ranks]
+        shards, chunk_starts, lengths = self._chunk_places(chunks)
+        return shards, chunk_starts + slots - (epoch.slot_ends[ranks] - lengths)
+
+    def _chunk_places(self, chunks: npt.NDArray[np.integer]) -> tuple[Int64s, Int64s, Int64s]:
+        """Shard, first sample in it and number of samples of each chunk."""
+        shards = np.searchsorted(self._chunk_ends, chunks, side="right")
+        sizes = self._sizes[shards]
+        num_chunks = -(-sizes // self.chunk_samples)
+        starts = (chunks - (self._chunk_ends[shards] - num_chunks)) * self.chunk_samples
+        return shards, starts, np.minimum(self.chunk_samples, sizes - starts)
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        if epoch not in self._epochs:
+            num_chunks = int(self._chunk_ends[-1])
+            chunks = self._permutation(Stream.CHUNK_ORDER, epoch * num_chunks, num_chunks)
+            lengths = self._chunk_places(chunks)[2]
+            self._epochs[epoch] = _Epoch(chunks, np.cumsum(lengths))
+        return _recently_used(self._epochs, epoch, NUM_CACHED_EPOCHS)
+
+    def _window(self, epoch: int, start: int, length: int) -> npt.NDArray[np.integer]:
+        key = (epoch, start)
+        if key not in self._windows:
+            first = epoch * self.num_samples + start
+            self._windows[key] = self._permutation(Stream.WINDOW_ORDER, first, length)
+        # Every lane has one window in use, and for a while the next one too.
+        return _recently_used(self._windows, key, 2 * self.num_lanes)
+
+    def _permutation(self, stream: Stream, first_counter: int, length: int) -> npt.NDArray[np.integer]:
+        """Random order of 0..length-1. Counters never repeat, and distinct counters have distinct hashes."""
+        counters = np.arange(length, dtype=np.uint64) + np.uint64(first_counter)
+        order = np.argsort(hash_counters(self.seed, stream, counters))
+        return order.astype(np.int32 if length < 2**31 else np.int64)
+
+    def _forget(self) -> None:
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int], npt.NDArray[np.integer]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is cached is a function of the rest: a worker process works it out for itself.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_epochs", "_windows")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+def _recently_used(cache: OrderedDict[Any, Any], key: Any, capacity: int) -> Any:
+    cache.move_to_end(key)
+    if len(cache) > capacity:
+        cache.popitem(last=False)
+    return cache[key]
