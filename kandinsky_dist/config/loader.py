@@ -37,7 +37,7 @@ class Resolved:
         lines = [f"stage: {self.config.stage}"]
         for section, cls in SECTIONS.items():
             lines.append(f"{section}:")
-            for name in cls.__dataclass_fields__:  # type: ignore[union-attr]
+            for name in cls.__dataclass_fields__:
                 key = f"{section}.{name}"
                 value = self.config.get(key)
                 text = yaml.safe_dump(
@@ -65,10 +65,10 @@ def load(stage: Stage, source: str | None, layers: Sequence[Layer]) -> Resolved:
         for key, raw in layer.values.items():
             if key not in KEYS:
                 raise ConfigError(f"unknown key {key} ({layer.origin}){_did_you_mean(key, KEYS)}")
-            values[key] = _coerce(key, raw, typing.get_type_hints(_section_of(key))[KEYS[key].name])
+            values[key] = _coerce(key, raw, _kind_of(key))
             origins[key] = layer.origin
     sections = {
-        section: cls(**{name: values[f"{section}.{name}"] for name in cls.__dataclass_fields__})  # type: ignore[union-attr,call-arg,misc]
+        section: cls(**{name: values[f"{section}.{name}"] for name in cls.__dataclass_fields__})
         for section, cls in SECTIONS.items()
     }
     return Resolved(Config(stage=stage, **sections), origins)
@@ -84,7 +84,12 @@ def command_line_layer(arguments: Sequence[str]) -> Layer:
             raise ConfigError(f"unexpected argument {word!r}: settings are written --section.key value")
         key, has_value, text = word[2:].partition("=")
         if not has_value:
-            text = "true" if not rest or rest[0].startswith("--") else rest.pop(0)
+            if rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            elif key in KEYS and _kind_of(key) is not bool:
+                raise ConfigError(f"--{key} needs a value: --section.key value")
+            else:
+                text = "true"
         values[key] = text
     return Layer("command line", values)
 
@@ -92,7 +97,9 @@ def command_line_layer(arguments: Sequence[str]) -> Layer:
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
     folder = resources.files("kandinsky_dist") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def _read(stage: Stage, source: str) -> Layer:
@@ -130,8 +137,9 @@ def _read(stage: Stage, source: str) -> Layer:
     return Layer(origin, values)
 
 
-def _section_of(key: str) -> type:
-    return SECTIONS[key.partition(".")[0]]  # type: ignore[return-value]
+def _kind_of(key: str) -> Any:
+    section, _, name = key.partition(".")
+    return typing.get_type_hints(SECTIONS[section])[name]
 
 
 def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
@@ -187,7 +195,7 @@ def _parse_float(raw: Any) -> float:
 
 
 def _parse_str(raw: Any) -> str:
-    if isinstance(raw, (dict, list)) or raw is None:
+    if isinstance(raw, (bool, dict, list)) or raw is None:  # bool: YAML reads a bare no, off or yes as one
         _fail(raw)
     return str(raw)
 

@@ -81,7 +81,9 @@ class OptimConfig:
     adam_beta1: float = option(0.9, "decay of the first moment")
     adam_beta2: float = option(0.999, "decay of the second moment")
     adam_epsilon: float = option(1e-8, "added to the root of the second moment")
-    weight_decay: float = option(0.0, "decoupled decay of matrices and kernels (never norms, biases, statistics)")
+    weight_decay: float = option(
+        0.0, "decoupled decay of matrices and kernels (never norms, biases, statistics)"
+    )
     max_grad_norm: float = option(1.0, "global gradient norm is clipped to this; 0 does not clip")
 
 
@@ -109,7 +111,9 @@ class CheckpointConfig:
 class TelemetryConfig:
     """What is measured and where it goes."""
 
-    log_every_steps: int = option(10, "optimizer steps between log entries; device scalars are read only then")
+    log_every_steps: int = option(
+        10, "optimizer steps between log entries; device scalars are read only then"
+    )
     report_to: tuple[Literal["tensorboard"], ...] = option(("tensorboard",), "sinks beside metrics.jsonl")
 
 
@@ -143,8 +147,10 @@ class Config:
         return getattr(getattr(self, section), name)
 
 
-SECTIONS = {item.name: item.default_factory for item in fields(Config) if item.name != "stage"}
+SECTIONS: dict[str, Any] = {
+    item.name: item.default_factory for item in fields(Config) if item.name != "stage"
+}
 """Section name -> its dataclass, in the order in which they are printed."""
 
-KEYS = {f"{name}.{item.name}": item for name, section in SECTIONS.items() for item in fields(section)}  # type: ignore[arg-type]
+KEYS = {f"{name}.{item.name}": item for name, section in SECTIONS.items() for item in fields(section)}
 """Dotted key -> its dataclass field."""

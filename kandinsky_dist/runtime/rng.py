@@ -67,4 +67,4 @@ def normal(seed: int, stream: Stream, positions_B: Tensor, shape: tuple[int, ...
     radius = (-2.0 * ((_shift_right(bits, 32) + 1).to(torch.float32) * 2.0**-32).log()).sqrt()
     angle = (bits & 0xFFFFFFFF).to(torch.float32) * (2.0 * math.pi * 2.0**-32)
     flat = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :num_elements]
-    return flat.reshape(-1, *shape)
+    return flat.reshape(positions_B.shape[0], *shape)  # -1 would be ambiguous for an empty shape
