@@ -1,0 +1,158 @@
+import pytest
+import torch
+from torch import nn
+
+from kandinsky_dist.telemetry.flops import (
+    count_forward_flops,
+    frozen_flops_per_sample,
+    train_flops_per_sample,
+)
+
+PRIOR_CONFIG = {
+    "num_attention_heads": 32,
+    "attention_head_dim": 64,
+    "num_layers": 20,
+    "embedding_dim": 1280,
+    "num_embeddings": 77,
+    "additional_embeddings": 4,
+}
+UNET_CONFIG = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 8,
+    "down_block_types": ["ResnetDownsampleBlock2D"] + ["SimpleCrossAttnDownBlock2D"] * 3,
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ["SimpleCrossAttnUpBlock2D"] * 3 + ["ResnetUpsampleBlock2D"],
+    "block_out_channels": [384, 768, 1152, 1536],
+    "layers_per_block": 3,
+    "cross_attention_dim": 768,
+    "encoder_hid_dim": 1280,
+    "encoder_hid_dim_type": "image_proj",
+    "attention_head_dim": 64,
+    "addition_embed_type": "image",
+    "resnet_time_scale_shift": "scale_shift",
+}
+
+
+def test_linear_is_two_flops_a_weight_and_row():
+    layer = nn.Linear(30, 50)
+    assert count_forward_flops(lambda: layer(torch.zeros(7, 30))) == 2 * 7 * 30 * 50
+
+
+def test_convolution_is_two_flops_a_weight_and_output_pixel():
+    layer = nn.Conv2d(6, 8, kernel_size=3, padding=1, stride=2, groups=2)
+    # 16 -> 8 pixels a side; each output sees 3 x 3 pixels of 6 / 2 channels.
+    assert count_forward_flops(lambda: layer(torch.zeros(2, 6, 16, 16))) == 2 * 2 * 8 * 8 * 8 * 3 * 3 * 3
+
+
+ATTENTION_FLOPS = 2 * 2 * (2 * 3 * 5 * 7 * 16)  # queries x keys and weights x values; 2 samples, 3 heads
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "padding"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_counted_whichever_kernel_is_chosen(mask, dtype):
+    def attend() -> torch.Tensor:
+        queries_BHLC = torch.zeros(2, 3, 5, 16, dtype=dtype)
+        keys_BHLC = torch.zeros(2, 3, 7, 16, dtype=dtype)
+        attn_mask = torch.zeros(2, 1, 5, 7, dtype=dtype) if mask == "padding" else None
+        return nn.functional.scaled_dot_product_attention(
+            queries_BHLC, keys_BHLC, keys_BHLC, attn_mask=attn_mask, is_causal=mask == "causal"
+        )
+
+    assert count_forward_flops(attend) == ATTENTION_FLOPS
+
+
+KERNELS = [
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_fused_attention_overrideable",
+    "_scaled_dot_product_attention_math",
+]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_attention_kernel_has_a_formula(kernel):
+    extra = {
+        "_scaled_dot_product_efficient_attention": (None, False),
+        "_scaled_dot_product_cudnn_attention": (None, False),
+    }.get(kernel, ())
+
+    def attend() -> object:
+        queries_BHLC, keys_BHLC = torch.zeros(2, 3, 5, 16), torch.zeros(2, 3, 7, 16)
+        return getattr(torch.ops.aten, kernel)(queries_BHLC, keys_BHLC, keys_BHLC, *extra)
+
+    assert count_forward_flops(attend) == ATTENTION_FLOPS
+
+
+def test_no_attention_kernel_of_this_torch_is_left_out_of_the_test():
+    # Apple's GPUs are no training target of these networks.
+    known = {*KERNELS, "_scaled_dot_product_attention_math_for_mps"}
+    found = {
+        name
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("aten::_scaled_dot_product") and "backward" not in name
+    }
+    assert {name.removeprefix("aten::").partition(".")[0] for name in found} <= known
+
+
+def test_nothing_is_computed_and_parameters_stay_as_they_are():
+    layer = nn.Linear(4, 4)
+    before = layer.weight.detach().clone()
+
+    def train_on_it() -> None:
+        layer(torch.full((2, 4), float("nan")))
+        torch.zeros(10**7, 10**7)  # 364 TiB
+
+    assert count_forward_flops(train_on_it) == 2 * 2 * 4 * 4
+    assert torch.equal(layer.weight, before)
+    assert type(layer.weight) is nn.Parameter
+
+
+def test_training_is_three_forwards_and_frozen_networks_one():
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 5))
+
+    def forward(model: nn.Module) -> torch.Tensor:
+        return model(torch.zeros(6, 10))
+
+    one_forward = 2 * (10 * 20 + 20 * 5)
+    assert frozen_flops_per_sample(build, forward, 6) == one_forward
+    assert train_flops_per_sample(build, forward, 6) == 3 * one_forward
+    assert train_flops_per_sample(build, forward, 6, backward_ratio=1.0) == 2 * one_forward
+
+
+# The totals below were counted independently, before this module existed, on the published configurations.
+
+
+def test_full_prior_is_164_6_gflop_at_81_tokens():
+    from diffusers import PriorTransformer
+
+    def forward(model: nn.Module) -> object:
+        return model(
+            torch.zeros(2, 1280),
+            timestep=torch.zeros(2, dtype=torch.int64),
+            proj_embedding=torch.zeros(2, 1280),
+            encoder_hidden_states=torch.zeros(2, 77, 1280),
+            attention_mask=torch.ones(2, 77, dtype=torch.bool),
+        )
+
+    flops = frozen_flops_per_sample(lambda: PriorTransformer(**PRIOR_CONFIG), forward, 2)
+    assert flops / 1e9 == pytest.approx(164.6, abs=0.05)
+
+
+@pytest.mark.parametrize(("resolution", "gflops"), [(512, 856), (768, 1993)])
+def test_full_unet_is_856_gflop_at_512_pixels_and_1993_at_768(resolution, gflops):
+    from diffusers import UNet2DConditionModel
+
+    def forward(model: nn.Module) -> object:
+        return model(
+            torch.zeros(1, 4, resolution // 8, resolution // 8),
+            torch.zeros(1, dtype=torch.int64),
+            encoder_hidden_states=None,
+            added_cond_kwargs={"image_embeds": torch.zeros(1, 1280)},
+        )
+
+    flops = frozen_flops_per_sample(lambda: UNet2DConditionModel(**UNET_CONFIG), forward, 1)
+    assert flops / 1e9 == pytest.approx(gflops, abs=0.5)
