@@ -1,4 +1,4 @@
-"""The demo corpus: 3,119 rendered emoji with their names as captions, fetched as two MIT-licensed npm packages."""
+"""The demo corpus: 3,119 rendered emoji, captioned with their names, from two MIT-licensed npm packages."""
 
 import hashlib
 import io
@@ -150,7 +150,7 @@ def _samples(
 def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = archive.extractfile(member)
     if file is None:
-        raise DataError(f"{archive.name}: {member.name} is not a file; remove the archive and retry")
+        raise DataError(f"{member.name} is not a file; remove the archive and retry")
     return file.read()
 
 

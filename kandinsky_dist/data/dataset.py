@@ -5,6 +5,7 @@ Letters of shapes: B samples, C 3 channels, H and W pixels, L tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kandinsky_dist.data.decode import clip_view, decode_image, square_view
-from kandinsky_dist.data.index import CAPTION_EXTENSION, IMAGE_EXTENSIONS
 from kandinsky_dist.data.manifest import Manifest
 from kandinsky_dist.data.plan import Plan
+from kandinsky_dist.data.shard_index import CAPTION_EXTENSION, IMAGE_EXTENSIONS
 from kandinsky_dist.data.storage import Sample, Storage
 from kandinsky_dist.errors import DataError
 from kandinsky_dist.runtime import hashing
@@ -72,7 +73,7 @@ class Batch:
         ]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        changed = {
+        changed: dict[str, Any] = {
             item.name: function(value)
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)

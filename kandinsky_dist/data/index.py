@@ -16,16 +16,18 @@ from kandinsky_dist.data.manifest import (
     Shard,
     read_folder_manifest,
     read_manifest,
-    read_shard_index,
-    resolve_shards,
     write_manifest,
+)
+from kandinsky_dist.data.patterns import resolve_shards
+from kandinsky_dist.data.shard_index import (
+    CAPTION_EXTENSION,
+    IMAGE_EXTENSIONS,
+    read_shard_index,
     write_shard_index,
 )
 from kandinsky_dist.data.tarwalk import TarTable, walk_tar
 from kandinsky_dist.errors import DataError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-CAPTION_EXTENSION = "txt"
 SHARDS_PER_PROCESS = 4
 """A process costs a third of a second to start: fewer shards than this are not worth one."""
 
@@ -105,8 +107,8 @@ def _report_left_out(shards: str, indexed: list[_Indexed]) -> None:
     summary = left_out_summary(indexed)
     if sum(item.shard.num_samples for item in indexed) == 0:
         raise DataError(
-            f"data.shards={shards}: no sample with both an image and a .{CAPTION_EXTENSION} in {len(indexed)} shards"
-            + (f"; {summary}" if summary else "; they are empty")
+            f"shards={shards}: no sample with an image and a .{CAPTION_EXTENSION} in {len(indexed)} shards; "
+            + (summary or "they are empty")
         )
     empty = [item.shard.path for item in indexed if item.shard.num_samples == 0]
     if empty:

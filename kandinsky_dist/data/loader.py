@@ -3,10 +3,8 @@
 Letters of shapes: B samples of a micro-batch.
 """
 
-import os
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kandinsky_dist.data.dataset import Batch, ShardDataset
-from kandinsky_dist.errors import DataError, KandinskyError
+from kandinsky_dist.data.workers import raising_worker_deaths, start_worker, worker_death, worker_processes
+from kandinsky_dist.errors import KandinskyError
 
 
 class Loader:
@@ -50,7 +49,7 @@ class Loader:
         self.device = torch.device(device)
         self.data_wait_seconds = 0.0
 
-    def steps(self, samples_consumed: int) -> Iterator[list[Batch]]:
+    def steps(self, samples_consumed: int) -> Generator[list[Batch], None, None]:
         """Endless: the micro-batches of one optimizer step after another, on the device.
 
         Args:
@@ -68,7 +67,7 @@ class Loader:
         finally:
             micro_batches.close()
 
-    def held_out(self, num_samples: int) -> Iterator[tuple[Batch, Tensor]]:
+    def held_out(self, num_samples: int) -> Generator[tuple[Batch, Tensor], None, None]:
         """One pass over the first samples of the plan, as many batches on every rank.
 
         Args:
@@ -100,7 +99,7 @@ class Loader:
         finally:
             self.data_wait_seconds += time.monotonic() - start
 
-    def _micro_batches(self, positions: Any, num_workers: int) -> Iterator[Batch]:
+    def _micro_batches(self, positions: Any, num_workers: int) -> Generator[Batch, None, None]:
         """Batches on the host, in the order of `positions` (an iterable of lists)."""
         loader = DataLoader(
             _ErrorsAsValues(self.dataset),
@@ -108,27 +107,23 @@ class Loader:
             num_workers=num_workers,
             collate_fn=_unchanged,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_start_worker if num_workers else None,
+            worker_init_fn=start_worker if num_workers else None,
             generator=torch.Generator(),  # its own: the default one is not ours to advance
         )
-        iterator = iter(loader)
-        try:
+        with worker_processes(iter(loader)) as batches:
             while True:
                 try:
-                    batch = next(iterator)
+                    with raising_worker_deaths():
+                        batch = next(batches)
                 except StopIteration:
                     return
                 except RuntimeError as error:
-                    if "DataLoader worker" not in str(error):
-                        raise
-                    raise DataError(_worker_death(error)) from error
+                    raise worker_death(error) from error
                 if isinstance(batch, KandinskyError):
                     raise batch
                 yield batch
-        finally:
-            _stop_workers(iterator)
 
-    def _on_device(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _on_device(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
         """Copies to the device; on a GPU one micro-batch ahead, beside the computation."""
         if self.device.type != "cuda":
             for batch in batches:
@@ -141,10 +136,18 @@ class Loader:
                 copied = batch.to(self.device, non_blocking=True)
             arriving = copied, stream.record_event()
             if ahead is not None:
-                yield _arrived(*ahead)
+                yield self._arrived(*ahead)
             ahead = arriving
         if ahead is not None:
-            yield _arrived(*ahead)
+            yield self._arrived(*ahead)
+
+    def _arrived(self, batch: Batch, event: torch.cuda.Event) -> Batch:
+        """Makes the current stream wait for a copy, on the device; no host sync."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(event)
+        for tensor in batch.tensors():
+            tensor.record_stream(current)  # else the copy stream could reuse its memory while it is read
+        return batch
 
 
 class _TrainingPositions:
@@ -164,7 +167,7 @@ class _TrainingPositions:
 
 
 class _ErrorsAsValues(Dataset):
-    """Hands our own errors over as results: raised in a worker, torch would wrap them in a traceback's text."""
+    """Hands our own errors over as results: torch would wrap what a worker raises in a traceback's text."""
 
     def __init__(self, dataset: ShardDataset) -> None:
         self._dataset = dataset
@@ -178,33 +181,3 @@ class _ErrorsAsValues(Dataset):
 
 def _unchanged(batch: Any) -> Any:
     return batch
-
-
-def _arrived(batch: Batch, event: torch.cuda.Event) -> Batch:
-    """Makes the current stream wait for a copy, on the device; no host sync."""
-    current = torch.cuda.current_stream()
-    current.wait_event(event)
-    for tensor in batch.tensors():
-        tensor.record_stream(current)  # its memory must not be reused by the copy stream before it was read
-    return batch
-
-
-def _start_worker(worker: int) -> None:
-    # SLURM and a terminal signal every process of a job; whether to stop is for the training process to
-    # decide, which still needs the batches of the step that it is in.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)
-
-
-def _stop_workers(iterator: Any) -> None:
-    """Ends the workers now, not when the garbage collector finds the iterator."""
-    stop = getattr(iterator, "_shutdown_workers", None)
-    if stop is not None:
-        stop()
-
-
-def _worker_death(error: RuntimeError) -> str:
-    first = str(error).splitlines()[0].rstrip(". ")
-    return f"{first}; if it ran out of memory or /dev/shm, lower data.num_workers or data.micro_batch_size"

@@ -1,14 +1,9 @@
-"""What a corpus consists of: a manifest per folder of shards, and a sidecar per shard that locates every sample.
+"""What a corpus consists of: each folder of shards has a manifest, which is looked at instead of the shards."""
 
-Letters of shapes: N samples of a shard, E extensions.
-"""
-
-import glob
 import hashlib
-import itertools
 import json
+import logging
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,13 +11,15 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
-import safetensors.numpy
 
+from kandinsky_dist.data.patterns import resolve_shards
+from kandinsky_dist.data.shard_index import write_atomically
 from kandinsky_dist.errors import DataError
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
-SIDECAR_VERSION = "1"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,102 +63,6 @@ class Manifest:
         return self.root / self.shards[shard].path
 
 
-@dataclass(frozen=True, eq=False)
-class ShardIndex:
-    """Where the samples of one tar lie. Arrays are memory-mapped: what is not asked for is not read."""
-
-    extensions: tuple[str, ...]
-    offsets_NE: npt.NDArray[np.int64]
-    sizes_NE: npt.NDArray[np.int64]
-    key_bytes: npt.NDArray[np.uint8]
-    key_ends_N: npt.NDArray[np.int64]
-    metadata: dict[str, str]
-    """`fingerprint`, `num_bytes` and `mtime_ns` of the tar, and what was left out of it."""
-
-    def __len__(self) -> int:
-        return len(self.key_ends_N)
-
-    def key(self, index: int) -> str:
-        """Key of a sample: its members' common name up to the first dot."""
-        start = int(self.key_ends_N[index - 1]) if index else 0
-        return (
-            self.key_bytes[start : int(self.key_ends_N[index])].tobytes().decode("utf-8", "surrogateescape")
-        )
-
-    def members(self, index: int) -> dict[str, tuple[int, int]]:
-        """Extension -> (offset, size) in bytes of the members that a sample has."""
-        places = zip(
-            self.extensions, self.offsets_NE[index].tolist(), self.sizes_NE[index].tolist(), strict=True
-        )
-        return {extension: (offset, size) for extension, offset, size in places if offset >= 0}
-
-
-def sidecar_path(tar: Path) -> Path:
-    """Sidecar of a shard: beside it, with .idx appended."""
-    return tar.with_name(tar.name + ".idx")
-
-
-def write_shard_index(
-    tar: Path, keys: list[str], members: list[dict[str, tuple[int, int]]], metadata: dict[str, str]
-) -> None:
-    """Writes the sidecar of a shard, whole or not at all."""
-    extensions = sorted({extension for sample in members for extension in sample})
-    places = np.full((2, len(keys), len(extensions)), -1, np.int64)
-    columns = {extension: column for column, extension in enumerate(extensions)}
-    for row, sample in enumerate(members):
-        for extension, place in sample.items():
-            places[:, row, columns[extension]] = place
-    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
-    data = safetensors.numpy.save(
-        {
-            "offsets": places[0],
-            "sizes": places[1],
-            "key_bytes": np.frombuffer(b"".join(encoded), np.uint8),
-            "key_ends": np.cumsum([len(key) for key in encoded], dtype=np.int64),
-        },
-        {**metadata, "extensions": json.dumps(extensions), "version": SIDECAR_VERSION},
-    )
-    write_atomically(sidecar_path(tar), data)
-
-
-def read_shard_index(tar: Path) -> ShardIndex:
-    """Opens the sidecar of a shard without reading its arrays.
-
-    Raises:
-        DataError: no sidecar, or not one of ours.
-    """
-    path = sidecar_path(tar)
-    try:
-        with open(path, "rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(start, 1 << 24) - 8))
-        # safetensors' own reader copies whole arrays; with a few hundred shards open in each of many worker
-        # processes that would be gigabytes, mapped pages are shared.
-        mapped = np.asarray(np.memmap(path, np.uint8, "r"))
-
-        def array(name: str, dtype: type) -> npt.NDArray:
-            begin, end = header[name]["data_offsets"]
-            return mapped[start + begin : start + end].view(dtype).reshape(header[name]["shape"])
-
-        metadata = header["__metadata__"]
-        if metadata["version"] != SIDECAR_VERSION:
-            raise ValueError(f"version {metadata['version']}")
-        return ShardIndex(
-            tuple(json.loads(metadata["extensions"])),
-            array("offsets", np.int64),
-            array("sizes", np.int64),
-            array("key_bytes", np.uint8),
-            array("key_ends", np.int64),
-            metadata,
-        )
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; run: kandinsky-dist data index {tar.parent}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}); run: kandinsky-dist data index {tar.parent}"
-        ) from error
-
-
 def write_manifest(root: Path, shards: Iterable[Shard]) -> Manifest:
     """Writes a folder's manifest, whole or not at all."""
     manifest = Manifest(root, tuple(shards))
@@ -198,17 +99,6 @@ def read_folder_manifest(folder: Path) -> Manifest:
     return Manifest(folder, shards)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file under another name and renames it, so that a reader sees all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
-
-
 def read_manifest(shards: str) -> Manifest:
     """Finds a corpus and makes sure, without opening its shards, that they are all there.
 
@@ -220,7 +110,7 @@ def read_manifest(shards: str) -> Manifest:
         DataError: nothing there, no manifest, a shard missing or of another size, no samples.
     """
     if Path(shards).is_dir():
-        selected = [read_folder_manifest(Path(shards))]
+        selected = [_whole_folder(Path(shards))]
     else:
         selected = _select(shards, resolve_shards(shards))
     rows = [(part.root / shard.path, shard) for part in selected for shard in part.shards]
@@ -238,58 +128,39 @@ def read_manifest(shards: str) -> Manifest:
         ]
         manifest = Manifest(root, tuple(moved))
     if manifest.num_samples == 0:
-        raise DataError(f"data.shards={shards} has {len(manifest.shards)} shards but no samples")
+        raise DataError(f"shards={shards} has {len(manifest.shards)} shards but no samples")
     return manifest
 
 
-def resolve_shards(shards: str) -> list[Path]:
-    """The tars that a folder, glob, brace pattern or list file names, sorted or in the pattern's order.
-
-    Raises:
-        DataError: none, or a list file that cannot be read.
-    """
-    if re.match(r"[a-z0-9]+:(//)?", shards):
-        raise DataError(f"data.shards={shards}: remote shards cannot be read yet; copy them to a folder")
-    path = Path(shards)
-    if path.is_dir():
-        found = sorted(path.glob("*.tar"))
-    elif path.suffix == ".txt":
-        try:
-            lines = [line.strip() for line in path.read_text().splitlines()]
-        except OSError as error:
-            raise DataError(f"data.shards={shards}: {error.strerror or error}") from error
-        names = [line for line in lines if line and not line.startswith("#")]
-        found = [path.parent / name for line in names for name in _expand_braces(line)]
-    elif "{" in shards:
-        found = [Path(name) for name in _expand_braces(shards)]
-    elif glob.has_magic(shards):
-        found = [Path(name) for name in sorted(glob.glob(shards))]
-    elif path.suffix == ".tar":
-        found = [path]
-    else:
-        what = "is not a folder" if path.exists() else "does not exist"
-        raise DataError(f"data.shards={shards} {what}; give a folder of .tar shards, a glob or a list file")
-    if not found:
-        raise DataError(f"data.shards={shards} names no .tar shards; to make some: kandinsky-dist data pack")
-    if len(set(found)) < len(found):
-        twice = next(name for name in found if found.count(name) > 1)
-        raise DataError(f"data.shards={shards} names {twice} twice; list each shard once")
-    return found
+def _whole_folder(folder: Path) -> Manifest:
+    tars = {path.name for path in resolve_shards(str(folder))}
+    manifest = read_folder_manifest(folder)
+    unlisted = sorted(tars - {shard.path for shard in manifest.shards})
+    if unlisted:
+        # Not an error: a corpus may grow while a run that was started on less of it is being resumed.
+        logger.warning(
+            "%d shards of %s are not in its manifest and not used, first %s; to add them: kandinsky-dist data index %s",
+            len(unlisted),
+            folder,
+            unlisted[0],
+            folder,
+        )
+    return manifest
 
 
 def _select(shards: str, paths: list[Path]) -> list[Manifest]:
     """One single-shard manifest per path, from the manifests of the folders that the paths lie in."""
+    missing = [path for path in paths if not path.exists()]
+    if missing:
+        raise DataError(_missing(shards, missing, len(paths)))
     known = {
         folder: {row.path: row for row in read_folder_manifest(folder).shards}
         for folder in dict.fromkeys(path.parent for path in paths)
     }
     strangers = [path for path in paths if path.name not in known[path.parent]]
     if strangers:
-        missing = [path for path in strangers if not path.exists()]
-        if missing:
-            raise DataError(_missing(shards, missing, len(paths)))
         raise DataError(
-            f"{strangers[0]} is not in its folder's {MANIFEST_NAME} ({len(strangers)} of {len(paths)} are not); "
+            f"{len(strangers)} of {len(paths)} shards are not in their folder's {MANIFEST_NAME}, first {strangers[0]}; "
             f"run: kandinsky-dist data index {strangers[0].parent}"
         )
     return [Manifest(path.parent, (known[path.parent][path.name],)) for path in paths]
@@ -305,7 +176,7 @@ def _check_sizes(shards: str, rows: list[tuple[Path, Shard]]) -> None:
             continue
         if num_bytes != shard.num_bytes:
             raise DataError(
-                f"{path} has {num_bytes} bytes, its manifest says {shard.num_bytes}: it changed or is cut short; "
+                f"{path} has {num_bytes} bytes, its manifest says {shard.num_bytes}: changed or cut short; "
                 f"copy it again, or run: kandinsky-dist data index {path.parent}"
             )
     if missing:
@@ -314,24 +185,8 @@ def _check_sizes(shards: str, rows: list[tuple[Path, Shard]]) -> None:
 
 def _missing(shards: str, missing: list[Path], num_shards: int) -> str:
     return (
-        f"data.shards={shards}: {len(missing)} of {num_shards} shards are missing, first {missing[0]}; "
+        f"shards={shards}: {len(missing)} of {num_shards} shards are missing, first {missing[0]}; "
         "copy them again, or index what is there"
     )
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    """All names of a pattern with {first..last} and {a,b} parts; leading zeros give the width."""
-    parts = re.split(r"(\{[^{}]*\})", pattern)
-    choices: list[list[str]] = []
-    for part in parts:
-        span = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part)
-        if span:
-            first, last = int(span[1]), int(span[2])
-            width = len(span[1]) if span[1].startswith("0") else 0
-            step = 1 if last >= first else -1
-            choices.append([f"{number:0{width}d}" for number in range(first, last + step, step)])
-        elif part.startswith("{") and "," in part:
-            choices.append(part[1:-1].split(","))
-        else:
-            choices.append([part])
-    return ["".join(words) for words in itertools.product(*choices)]

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from kandinsky_dist.data.manifest import Manifest, ShardIndex, read_shard_index
+from kandinsky_dist.data.manifest import Manifest
+from kandinsky_dist.data.shard_index import ShardIndex, read_shard_index
 from kandinsky_dist.errors import DataError
 
 MAX_OPEN_SHARDS = 128
 MAX_GAP_BYTES = 32 * 1024
-"""Members that lie closer than this are fetched by one read: a second call costs more than the bytes between."""
+"""Members that lie closer than this are fetched by one read: a second one costs more than the bytes between."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Where each file lies inside a tar, from its headers alone: payloads are never read.
 
-Source: POSIX.1-2017, pax interchange format; GNU tar manual, "Basic Tar Format" (long names, base-256 numbers).
+Source: POSIX.1-2017, pax interchange format; GNU tar manual, "Basic Tar Format" (long names, base 256).
 """
 
 import hashlib

@@ -20,6 +20,11 @@ ORIGIN_NAME = "origin.json"
 """Beside the shards: the call that they are the result of."""
 FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+
+class NoSamplesError(DataError):
+    """There was nothing to write."""
+
+
 logger = logging.getLogger(__name__)
 
 
@@ -113,7 +118,7 @@ def _write_tars(
             writer.write(sample)
             num_samples += 1
     if num_samples == 0:
-        raise DataError("no usable samples: nothing was written")
+        raise NoSamplesError("no usable samples: nothing was written")
 
 
 def _origin_text(origin: Mapping[str, Any]) -> str:

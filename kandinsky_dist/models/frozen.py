@@ -10,7 +10,7 @@ from torch import nn
 
 from kandinsky_dist.errors import ConfigError
 from kandinsky_dist.models.architectures import CLIP_MEAN, CLIP_STD
-from kandinsky_dist.models.quiet import no_progress_bars
+from kandinsky_dist.models.quiet import quiet_libraries
 from kandinsky_dist.models.zero_init import outside_zero_init
 
 __all__ = [
@@ -90,7 +90,7 @@ def load_movq(
     """
     from diffusers import VQModel
 
-    with outside_zero_init(), no_progress_bars():
+    with outside_zero_init(), quiet_libraries():
         model = VQModel.from_pretrained(
             folder, subfolder="movq", torch_dtype=dtype, use_safetensors=True, local_files_only=True
         )
@@ -102,7 +102,7 @@ def load_movq(
 def _load_transformers(
     model_class: Any, folder: Path, component: str, dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
-    with outside_zero_init(), no_progress_bars():
+    with outside_zero_init(), quiet_libraries():
         model = model_class.from_pretrained(
             folder, subfolder=component, dtype=dtype, use_safetensors=True, local_files_only=True
         )

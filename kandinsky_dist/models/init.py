@@ -1,11 +1,8 @@
 """Random weights in the published layout: complete pipeline folders to train from or to test with."""
 
 import contextlib
-import errno
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,9 @@ from kandinsky_dist.models.architectures import (
     architecture,
     image_processor_config,
 )
+from kandinsky_dist.models.atomic import new_folder
 from kandinsky_dist.models.drawings import draw_pictures
-from kandinsky_dist.models.quiet import no_progress_bars
+from kandinsky_dist.models.quiet import quiet_libraries
 from kandinsky_dist.models.tokenizer import write_tokenizer
 
 MARKER = "initialised.json"
@@ -36,13 +34,17 @@ ENCODE_BATCH_SIZE = 16
 LATENT_STD = 0.5
 """The decoder's scheduler clips x0 to [-1, 1] at inference: random latents get two sigmas of room."""
 
-ENCODER_FACTOR, QUERY_KEY_GAIN = 2.0, 3.0
-"""Scales of the random CLIP encoders, over transformers' own.
+ENCODER_FACTOR, ATTENTION_SCALE = 2.0, 3.0
+"""Scales of the random CLIP encoders: all weights over transformers' own, and the deviation of queries and
+keys, whatever the depth.
 
-A fresh CLIP tower attends almost evenly and gives nearly one vector for every picture. Over 256 drawn
-pictures of the tiny encoder, cosine between two pictures and effective rank (participation ratio of 64
-normalised dimensions): 0.987 and 3.9 as transformers initialises; 0.60 and 14.8 with doubled weights and
-threefold queries and keys; four times the weights gains little more (0.50, 15.7). 2026-11, transformers 5.23.
+A fresh CLIP tower attends almost evenly and makes nearly one vector of every picture. Over drawn pictures,
+cosine between two pictures and effective rank (participation ratio of the normalised embeddings):
+
+    tiny, 256 pictures, 64 dimensions     as initialised 0.987 and 3.9     so scaled 0.60 and 14.8
+    small, 64 pictures, 320 dimensions    as initialised 0.990 and 3.1     so scaled 0.64 and 21.5
+
+Four times the weights gains little more (tiny: 0.50 and 15.7). November 2026, transformers 5.23.
 """
 
 log = logging.getLogger(__name__)
@@ -84,18 +86,11 @@ def initialise(
     if _is_there(out, identity):
         log.info("%s already holds these networks (%s, seed %d): kept", out, size, seed)
         return False
-    partial = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    with _one_line_if_full(out):
-        partial.mkdir(parents=True)
-        try:
-            shapes = architecture(size)
-            _write_prior(partial / "prior", shapes, seed, tokenizer, images, dtype, device)
-            _write_decoder(partial / "decoder", shapes, seed, dtype, device)
-            (partial / MARKER).write_text(json.dumps(identity), "utf-8")
-            partial.rename(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    shapes = architecture(size)
+    with new_folder(out) as partial:
+        _write_prior(partial / "prior", shapes, seed, tokenizer, images, dtype, device)
+        _write_decoder(partial / "decoder", shapes, seed, dtype, device)
+        (partial / MARKER).write_text(json.dumps(identity), "utf-8")
     return True
 
 
@@ -112,23 +107,6 @@ def _is_there(out: Path, identity: dict[str, Any]) -> bool:
         both = [f"{key} {found.get(key)} (asked for: {value})" for key, value in identity.items()]
         raise ConfigError(f"{out} holds networks of {', '.join(both)}: name another folder or remove it")
     return True
-
-
-@contextlib.contextmanager
-def _one_line_if_full(out: Path) -> Iterator[None]:
-    """A full disk or quota as one line. safetensors reports it in the text of an error of its own."""
-    from safetensors import SafetensorError
-
-    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        if number not in full and not any(f"os error {code}" in str(error) for code in full):
-            raise
-        raise ConfigError(
-            f"{out} cannot be written: no space left on its disk (or quota); nothing was kept"
-        ) from error
 
 
 @contextlib.contextmanager
@@ -209,11 +187,12 @@ def _write_decoder(folder: Path, shapes: Architecture, seed: int, dtype: torch.d
     _write_index(folder, "decoder")
 
 
+@torch.no_grad()
 def _sharpen_attention(encoder: nn.Module) -> None:
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                parameter.mul_(QUERY_KEY_GAIN)
+    for name, parameter in encoder.named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            # transformers shrinks them with depth, as if queries and keys fed the residual stream.
+            parameter.mul_(ATTENTION_SCALE * parameter.shape[1] ** -0.5 / parameter.std())
 
 
 @torch.no_grad()
@@ -271,7 +250,7 @@ def _whiten_latents(movq: Any, pictures_BCHW: Tensor, device: str) -> None:
 def _save(module: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """config.json and safetensors, readable by whoever may read the folder."""
     nn.Module.to(module, dtype)  # diffusers' own `to` warns of layers that these networks do not have
-    with no_progress_bars():
+    with quiet_libraries():
         module.save_pretrained(folder)  # type: ignore[operator]
     # safetensors creates its files for their owner alone, whatever the umask.
     mode = (folder / "config.json").stat().st_mode

@@ -155,6 +155,11 @@ class ModelSource:
         """config.json of the network."""
         return _read_json(self.path / "config.json", str(self.folder))
 
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every weight, from the files' headers."""
+        return _tensor_shapes(self.path, "diffusers", str(self.folder))
+
     def build(self) -> nn.Module:
         """The structure alone, fp32 and in training mode; no weights are read.
 
@@ -193,8 +198,8 @@ class ModelSource:
             if not name.startswith("_")
             and not (name in parameters and _as_json(parameters[name].default) == _as_json(value))
         }
-        shapes = sorted(_tensor_shapes(self.path, "diffusers", str(self.folder)).items())
-        return hashlib.sha256(_as_json([self.component, settings, shapes]).encode()).hexdigest()
+        content = [self.component, settings, sorted(self.shapes.items())]
+        return hashlib.sha256(_as_json(content).encode()).hexdigest()
 
     def _class(self) -> Any:
         import diffusers
@@ -204,13 +209,13 @@ class ModelSource:
     def _check_shapes(self) -> None:
         with outside_zero_init(), torch.device("meta"):
             expected = {name: tuple(tensor.shape) for name, tensor in self.build().state_dict().items()}
-        found = _tensor_shapes(self.path, "diffusers", str(self.folder))
-        if found == expected:
+        if self.shapes == expected:
             return
-        name = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        differing = {*self.shapes, *expected}
+        name = min(name for name in differing if self.shapes.get(name) != expected.get(name))
         raise ConfigError(
-            f"{self.path} has {_shape_words(found, name)} in its weights and {_shape_words(expected, name)} "
-            "by its config.json: the two do not belong together"
+            f"{self.path} has {_shape_words(self.shapes, name)} in its weights and "
+            f"{_shape_words(expected, name)} by its config.json: the two do not belong together"
         )
 
 

@@ -1,0 +1,188 @@
+"""What a checkpoint folder holds, and how any range of any parameter is read back from it.
+
+    step_00001000/
+      rank_00000.safetensors   this rank's fragments, each a 1-D fp32 tensor "NAME@START/KIND"
+      state.json               step, samples_consumed, identity of the run, versions
+      config.yaml              the resolved configuration
+      COMMIT                   size and sha256 of every file; written last
+
+A folder without COMMIT, or whose files differ from it, is not a checkpoint. Nothing in it is a pickle.
+"""
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kandinsky_dist.errors import CheckpointError
+from kandinsky_dist.parallel.base import FRAGMENT_KINDS, Fragment
+
+COMMIT = "COMMIT"
+STATE = "state.json"
+CONFIG = "config.yaml"
+
+
+@dataclass
+class RunState:
+    """Where a run stands. Data order, noise and learning rate follow from `step` and `samples_consumed`.
+
+    `pending_losses` are the global losses of steps since the last log entry, so that a resumed run's next
+    entry is the mean over the same steps.
+    """
+
+    step: int = 0
+    samples_consumed: int = 0
+    pending_losses: list[float] = field(default_factory=list)
+
+    def advance(self, num_samples: int) -> None:
+        """Counts one optimizer step."""
+        self.step += 1
+        self.samples_consumed += num_samples
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """The content of state.json."""
+
+    run: RunState
+    identity: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+
+def folder_name(step: int) -> str:
+    """Name of a step's checkpoint folder."""
+    return f"step_{step:08d}"
+
+
+def write_fragments(path: Path, fragments: Sequence[Fragment]) -> None:
+    """Writes one rank's fragments, durable on return."""
+    tensors = {
+        f"{fragment.name}@{fragment.start}/{kind}": getattr(fragment, kind).to("cpu", torch.float32).contiguous()
+        for fragment in fragments
+        for kind in FRAGMENT_KINDS
+    }
+    numels = {fragment.name: fragment.numel for fragment in fragments}
+    save_file(tensors, path, metadata={"numels": json.dumps(numels)})
+    sync(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file so that it is there whole or not at all, durable on return."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def write_state(path: Path, saved: SavedState) -> None:
+    """Writes state.json."""
+    write_text(path, json.dumps(asdict(saved), indent=1) + "\n")
+
+
+def read_state(folder: Path) -> SavedState:
+    """Reads state.json."""
+    tree = json.loads((folder / STATE).read_text())
+    return SavedState(RunState(**tree["run"]), tree["identity"], tree["versions"])
+
+
+def sync(path: Path) -> None:
+    """Forces a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file."""
+    with open(path, "rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def damage(folder: Path) -> str | None:
+    """Why a folder is not a whole checkpoint, or None if it is one. Reads every byte."""
+    try:
+        promised = json.loads((folder / COMMIT).read_text())["files"]
+    except FileNotFoundError:
+        return f"no {COMMIT}: it was never finished"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{COMMIT} is unreadable"
+    for name, expected in promised.items():
+        try:
+            found = checksum(folder / name)
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if found["bytes"] != expected["bytes"]:
+            return f"{name} has {found['bytes']} bytes, {expected['bytes']} were written"
+        if found != expected:
+            return f"{name}: its bytes changed since they were written"
+    return None
+
+
+class CheckpointReader:
+    """Fragments of a checkpoint by parameter name and range, whoever wrote them at whatever world size."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.numels: dict[str, int] = {}
+        pieces: defaultdict[str, list[tuple[int, Path]]] = defaultdict(list)
+        for path in sorted(folder.glob("rank_*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self.numels.update(json.loads(file.metadata()["numels"]))
+                    for key in file.keys():  # noqa: SIM118 - not a mapping
+                        label, _, kind = key.rpartition("/")
+                        if kind == FRAGMENT_KINDS[0]:
+                            name, _, start = label.rpartition("@")
+                            pieces[name].append((int(start), path))
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+        self._pieces = {name: sorted(found, key=lambda piece: piece[0]) for name, found in pieces.items()}
+        self._files: dict[Path, Any] = {}
+
+    @cached_property
+    def state(self) -> SavedState:
+        """The checkpoint's state.json."""
+        return read_state(self._folder)
+
+    def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """Values [start, stop) of the flattened parameter, 1-D fp32 on the CPU.
+
+        Raises:
+            CheckpointError: the checkpoint does not cover the range.
+        """
+        pieces = self._pieces.get(name)
+        if pieces is None:
+            raise CheckpointError(f"{self._folder} holds no parameter {name}: it is a checkpoint of another model")
+        parts, position = [], start
+        index = bisect_right([piece[0] for piece in pieces], start) - 1
+        while position < stop and 0 <= index < len(pieces):
+            piece_start, path = pieces[index]
+            saved = self._open(path).get_slice(f"{name}@{piece_start}/{kind}")
+            piece_stop = piece_start + saved.get_shape()[0]
+            if piece_stop <= position:
+                break
+            parts.append(saved[position - piece_start : min(stop, piece_stop) - piece_start])
+            position = min(stop, piece_stop)
+            index += 1
+        if position < stop:
+            raise CheckpointError(f"{self._folder} ends at value {position} of {name}, {stop} are needed")
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._files:
+            self._files[path] = safe_open(path, framework="pt").__enter__()
+        return self._files[path]

@@ -1,0 +1,213 @@
+"""Saving and restoring a run: atomic, checked, agreed on all ranks."""
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kandinsky_dist.checkpoint.layout import (
+    COMMIT,
+    CONFIG,
+    STATE,
+    CheckpointReader,
+    RunState,
+    SavedState,
+    checksum,
+    damage,
+    folder_name,
+    sync,
+    write_fragments,
+    write_state,
+    write_text,
+)
+from kandinsky_dist.errors import CheckpointError, ConfigError
+from kandinsky_dist.parallel.base import Strategy
+from kandinsky_dist.runtime import agree
+from kandinsky_dist.runtime.logs import say
+from kandinsky_dist.runtime.process import Process
+
+_VERSIONED = ("kandinsky-dist", "torch", "diffusers", "transformers", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest whole checkpoint of a folder, and the ones that were passed over with the reason."""
+
+    folder: Path | None
+    passed_over: tuple[str, ...]
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first, whole or not."""
+    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def newest_whole(folder: Path) -> Found:
+    """Looks from the newest checkpoint down until one is whole.
+
+    Raises:
+        CheckpointError: none is whole although one had been finished: starting anew would hide the loss.
+    """
+    passed_over, was_finished = [], False
+    for path in checkpoints_of(folder):
+        reason = damage(path)
+        if reason is None:
+            return Found(path, tuple(passed_over))
+        passed_over.append(f"{path}: {reason}")
+        was_finished |= (path / COMMIT).exists()
+    if was_finished:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is whole ({passed_over[0]}): restore one, or start anew in another run.dir"
+        )
+    return Found(None, tuple(passed_over))
+
+
+class CheckpointManager:
+    """Checkpoints of one run.
+
+    Args:
+        run_dir: the run's folder; checkpoints lie in its `checkpoints`.
+        keep: how many whole checkpoints stay, at least 2.
+        identity: configuration key -> value or fingerprint that a resumed run must share.
+        config_yaml: the resolved configuration.
+    """
+
+    def __init__(
+        self, run_dir: Path, process: Process, *, keep: int, identity: Mapping[str, Any], config_yaml: str
+    ) -> None:
+        self._folder = run_dir / "checkpoints"
+        self._process = process
+        self._keep = keep
+        self._identity = identity
+        self._config_yaml = config_yaml
+
+    def save(self, strategy: Strategy, state: RunState) -> Path:
+        """Writes a checkpoint of this step. Collective: call on every rank.
+
+        Raises:
+            CheckpointError: a rank could not write (named); the run's older checkpoints are untouched.
+        """
+        final = self._folder / folder_name(state.step)
+        temporary = final.with_name(final.name + ".tmp")
+        if self._process.is_first:
+            self._attempt(lambda: _fresh(temporary))
+        else:
+            self._attempt(lambda: None)
+        name = f"rank_{self._process.rank:05d}.safetensors"
+
+        def write() -> dict[str, Any]:
+            write_fragments(temporary / name, strategy.fragments())
+            return checksum(temporary / name)
+
+        try:
+            mine = self._attempt(write)
+            files = dict(agree.gather((name, mine)))
+            self._attempt((lambda: self._finish(temporary, final, files, state)) if self._process.is_first else None)
+        except CheckpointError:
+            if self._process.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return final
+
+    def restore(self, strategy: Strategy, resume: str, allow_change: tuple[str, ...]) -> RunState:
+        """Loads the checkpoint that `run.resume` asks for. Collective: call on every rank.
+
+        Returns:
+            Where the run continues; a fresh state where there is nothing to resume.
+
+        Raises:
+            CheckpointError: `resume` names no whole checkpoint.
+            ConfigError: the checkpoint is of a run with another identity.
+        """
+        chosen = agree.decided_by_first(lambda: self._choose(resume))
+        for line in chosen.passed_over:
+            say(f"passed over {line}", self._process)
+        if chosen.folder is None:
+            return RunState()
+        reader = CheckpointReader(chosen.folder)
+        self._check_identity(chosen.folder, reader.state.identity, allow_change)
+        strategy.load_fragments(reader, num_steps=reader.state.run.step)
+        say(f"resumed {chosen.folder} at sample {reader.state.run.samples_consumed:,}", self._process)
+        return reader.state.run
+
+    def _choose(self, resume: str) -> Found:
+        if resume == "auto":
+            return newest_whole(self._folder)
+        if resume == "never":
+            if checkpoints_of(self._folder):
+                raise ConfigError(
+                    f"run.resume=never, but {self._folder} holds checkpoints of an earlier run: "
+                    "choose another run.dir, or run.resume=auto to continue it"
+                )
+            return Found(None, ())
+        path = Path(resume)
+        if (path / COMMIT).exists():
+            reason = damage(path)
+            if reason:
+                raise CheckpointError(f"run.resume={path} is not a whole checkpoint: {reason}")
+            return Found(path, ())
+        found = newest_whole(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+        if found.folder is None:
+            raise CheckpointError(f"run.resume={path}: no whole checkpoint there")
+        return found
+
+    def _check_identity(self, folder: Path, saved: Mapping[str, Any], allow_change: tuple[str, ...]) -> None:
+        for key, value in self._identity.items():
+            if key in saved and saved[key] != value and key not in allow_change:
+                raise ConfigError(
+                    f"{key} is {value}, but {folder} was trained with {saved[key]}: use another run.dir, "
+                    f"or allow it with --run.allow_change {key}"
+                )
+
+    def _finish(self, temporary: Path, final: Path, files: dict[str, Any], state: RunState) -> None:
+        write_state(temporary / STATE, SavedState(state, self._identity, _versions()))
+        write_text(temporary / CONFIG, self._config_yaml)
+        for name in (STATE, CONFIG):
+            files[name] = checksum(temporary / name)
+        if final.exists():  # only a damaged one can be here: a whole one would have been resumed
+            _remove(final)
+        temporary.replace(final)
+        sync(final.parent)
+        write_text(final / COMMIT, json.dumps({"files": files}, indent=1) + "\n")
+        for old in checkpoints_of(self._folder)[self._keep :]:
+            _remove(old)
+
+    def _attempt(self, action: Any) -> Any:
+        """Runs a rank's part of a collective save; one rank's failure is every rank's CheckpointError."""
+        result, error = None, None
+        try:
+            result = action() if action else None
+        except Exception as caught:
+            error = caught
+        failed = agree.first_error(error)
+        if failed:
+            rank, kind, message = failed
+            raise CheckpointError(
+                f"checkpoint not written: rank {rank}: {kind}: {message}; the older checkpoints are untouched"
+            ) from error
+        return result
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint so that what a crash leaves behind is not taken for one."""
+    (folder / COMMIT).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

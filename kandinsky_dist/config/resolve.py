@@ -1,0 +1,122 @@
+"""Rules that span several settings, checked before anything is started. Never imports torch."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kandinsky_dist.config.loader import DEFAULT_ORIGIN, Resolved
+from kandinsky_dist.config.schema import KEYS, Config
+from kandinsky_dist.errors import ConfigError
+
+_POSITIVE = (
+    "run.max_steps data.global_batch_size data.micro_batch_size data.resolution optim.learning_rate "
+    "parallel.bucket_mib checkpoint.every_steps telemetry.log_every_steps validation.num_samples model.lora_rank"
+).split()
+_NOT_NEGATIVE = (
+    "run.seed data.num_workers optim.lr_warmup_steps optim.weight_decay optim.max_grad_norm validation.every_steps"
+).split()
+_SHARES = "data.caption_dropout data.image_embedding_dropout optim.adam_beta1 optim.adam_beta2".split()
+
+
+def check(resolved: Resolved, *, world_size: int) -> None:
+    """Raises the first broken rule as a ConfigError that names key, value and remedy."""
+    for problem in problems(resolved, world_size=world_size):
+        raise ConfigError(problem)
+
+
+def problems(resolved: Resolved, *, world_size: int) -> Iterator[str]:
+    """Every broken rule, one line each."""
+    config = resolved.config
+    yield from _ranges(config)
+    yield from _stage_keys(resolved)
+    yield from _batch_arithmetic(config, world_size)
+    yield from _combinations(resolved)
+    yield from _packages(config)
+
+
+def num_micro(config: Config, *, world_size: int) -> int:
+    """Micro-batches that one rank accumulates in an optimizer step."""
+    return config.data.global_batch_size // (config.data.micro_batch_size * world_size)
+
+
+def run_dir(config: Config) -> Path:
+    """The run's folder."""
+    return Path(config.run.dir.replace("{stage}", config.stage))
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    rules: tuple[tuple[list[str], Callable[[float], bool], str], ...] = (
+        (_POSITIVE, lambda value: value > 0, "above 0"),
+        (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+        (_SHARES, lambda value: 0 <= value < 1, "in [0, 1)"),
+        (["checkpoint.keep"], lambda value: value >= 2, "2 or more: the newest may be damaged"),
+    )
+    for keys, holds, rule in rules:
+        for key in keys:
+            if not holds(config.get(key)):
+                yield f"{key}={config.get(key)} must be {rule}"
+    if config.objective.snr_gamma is not None and config.objective.snr_gamma <= 0:
+        yield f"objective.snr_gamma={config.objective.snr_gamma} must be above 0, or null for no weighting"
+
+
+def _stage_keys(resolved: Resolved) -> Iterator[str]:
+    for key, item in KEYS.items():
+        owner = item.metadata["stage"]
+        if owner not in (None, resolved.config.stage) and resolved.origins[key] != DEFAULT_ORIGIN:
+            yield (
+                f"{key}={resolved.config.get(key)} ({resolved.origins[key]}) applies to the {owner} only: "
+                f"remove it, the {resolved.config.stage} would ignore it"
+            )
+
+
+def _batch_arithmetic(config: Config, world_size: int) -> Iterator[str]:
+    total, micro = config.data.global_batch_size, config.data.micro_batch_size
+    unit = micro * world_size
+    if unit <= 0 or total % unit == 0:
+        return
+    below = total // unit * unit
+    nearest = ", ".join(str(value) for value in (below, below + unit) if value > 0)
+    yield (
+        f"data.global_batch_size={total} must be a multiple of micro_batch_size x world_size "
+        f"({micro} x {world_size} = {unit}); nearest: {nearest}"
+    )
+
+
+def _combinations(resolved: Resolved) -> Iterator[str]:
+    config = resolved.config
+    if config.data.shards is None:
+        yield "data.shards is not set: a folder of tar shards (kandinsky-dist data demo OUT makes one)"
+    if config.validation.every_steps and config.validation.shards is None:
+        yield (
+            f"validation.every_steps={config.validation.every_steps} needs validation.shards; "
+            "0 switches validation off"
+        )
+    if config.optim.lr_warmup_steps and config.optim.lr_scheduler == "constant":
+        yield (
+            f"optim.lr_warmup_steps={config.optim.lr_warmup_steps} does nothing with lr_scheduler=constant: "
+            "use constant_with_warmup"
+        )
+    if config.parallel.ds_config is not None and not config.parallel.strategy.startswith("zero"):
+        yield (
+            f"parallel.ds_config={config.parallel.ds_config} needs a zero strategy, "
+            f"parallel.strategy is {config.parallel.strategy}"
+        )
+    if config.parallel.ds_config is not None and not Path(config.parallel.ds_config).is_file():
+        yield f"parallel.ds_config={config.parallel.ds_config} is not a file"
+    if resolved.origins["model.lora_rank"] != DEFAULT_ORIGIN and config.model.variant != "lora":
+        yield f"model.lora_rank={config.model.lora_rank} needs model.variant=lora"
+    for key in config.run.allow_change:
+        if key not in KEYS:
+            yield f"run.allow_change lists {key}, which is no key"
+
+
+def _packages(config: Config) -> Iterator[str]:
+    needs = [
+        (config.parallel.strategy.startswith("zero"), "deepspeed", f"parallel.strategy={config.parallel.strategy}"),
+        (config.parallel.attention == "xformers", "xformers", "parallel.attention=xformers"),
+        (config.model.variant == "lora", "peft", "model.variant=lora"),
+    ]
+    for is_needed, package, why in needs:
+        if is_needed and importlib.util.find_spec(package) is None:
+            extra = "lora" if package == "peft" else package
+            yield f"{why} needs the package {package}: pip install 'kandinsky-dist[{extra}]'"

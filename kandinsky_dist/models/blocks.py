@@ -1,0 +1,68 @@
+"""A network's blocks: the units that are recomputed, compiled or sharded, and which attention they run."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kandinsky_dist.errors import ConfigError
+from kandinsky_dist.optional import require
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The network's repeated units in the order in which forward runs them.
+
+    The prior's are its transformer layers. The U-Net's are its down, middle and up blocks: their residual and
+    attention layers hand skip connections to each other, so the block is the smallest unit with one way in.
+    """
+    layers = getattr(module, "transformer_blocks", None)
+    if layers is not None:
+        return list(layers)
+    return [*module.down_blocks, module.mid_block, *module.up_blocks]  # type: ignore[list-item, misc]
+
+
+def enable_gradient_checkpointing(module: nn.Module) -> None:
+    """Makes backward recompute each layer rather than keep its activations; parameter names do not change.
+
+    Dropout, if any, is replayed. Gradients are those without it.
+
+    The U-Net has hooks for it in diffusers. The prior has none and refuses, so its layers' `forward` is
+    wrapped on the instance: no submodule is added, hence no name.
+    """
+    recompute = functools.partial(checkpoint, use_reentrant=False)
+    layers = getattr(module, "transformer_blocks", None)
+    if layers is None:
+        module.enable_gradient_checkpointing(recompute)  # type: ignore[operator]
+        return
+    for layer in layers:
+        if not isinstance(layer.forward, _Recomputed):
+            layer.forward = _Recomputed(layer.forward)
+
+
+class _Recomputed:
+    """A forward that saves only its inputs while gradients are recorded."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
+
+
+def set_attention(module: nn.Module, attention: Literal["sdpa", "xformers"]) -> None:
+    """Chooses the attention kernels: torch's own (the default) or those of xformers.
+
+    Raises:
+        ConfigError: xformers is not installed, or there is no GPU for it.
+    """
+    if attention == "sdpa":
+        return  # what diffusers builds
+    require("xformers", extra="xformers", why="parallel.attention=xformers")
+    if not torch.cuda.is_available():
+        raise ConfigError("parallel.attention=xformers needs a CUDA GPU and none is here; use sdpa")
+    module.enable_xformers_memory_efficient_attention()  # type: ignore[operator]

@@ -1,0 +1,86 @@
+"""LoRA as a transform of a network: adapters on every attention projection, all else frozen."""
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky_dist.errors import CheckpointError, ConfigError
+from kandinsky_dist.models.atomic import new_folder
+from kandinsky_dist.models.load import ModelSource
+from kandinsky_dist.models.zero_init import outside_zero_init
+from kandinsky_dist.optional import require
+
+WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+ADAPTER = "default"
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+UNET_PROJECTIONS = (*PROJECTIONS, "add_k_proj", "add_v_proj")
+
+
+def add_adapters(module: nn.Module, rank: int, *, seed: int = 0) -> None:
+    """Adds trainable adapters of the given rank and freezes every other parameter.
+
+    The output does not change: the second factor starts at zero. The first is drawn from `seed` alone, so that
+    ranks that build the same network hold the same adapters.
+
+    Raises:
+        ConfigError: peft is not installed, or the rank is below 1.
+    """
+    if rank < 1:
+        raise ConfigError(f"model.lora_rank={rank} must be at least 1")
+    peft = require("peft", extra="lora", why="model.variant=lora")
+    targets = PROJECTIONS if hasattr(module, "transformer_blocks") else UNET_PROJECTIONS
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
+    with torch.random.fork_rng(devices=[]):
+        module.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_A" in name and not parameter.is_meta:
+            # Of its own name and the seed, so that the order in which peft visits modules does not matter.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            bound = parameter.shape[1] ** -0.5
+            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            parameter.data.copy_(values)
+
+
+def adapter_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters' tensors of a whole state, under the names that an adapter file uses.
+
+    Args:
+        state_dict: of a network with adapters, as gathered by any strategy.
+    """
+    marker = f".{ADAPTER}."
+    return {name.replace(marker, "."): tensor for name, tensor in state_dict.items() if "lora_" in name}
+
+
+def save_adapters(source: ModelSource, rank: int, state_dict: Mapping[str, Tensor], out: Path) -> None:
+    """Writes a folder that diffusers' `load_lora_adapter(out, prefix=None, weight_name=...)` takes.
+
+    Args:
+        source: the network under the adapters; its weights are not read.
+        rank: the adapters' rank.
+        state_dict: every adapter's tensors, by the names of the network with adapters; others are left out.
+        out: new or empty folder; gets pytorch_lora_weights.safetensors.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    with outside_zero_init(), torch.device("meta"):
+        module = source.build()
+        add_adapters(module, rank)
+    adapters = {name: tensor for name, tensor in state_dict.items() if "lora_" in name}
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items() if "lora_" in name}
+    found = {name: tensor.shape for name, tensor in adapters.items()}
+    if found != expected:
+        name = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        raise CheckpointError(
+            f"{out}: the adapters are not of rank {rank} for {source.path}: {name} is "
+            f"{list(found.get(name, []))}, must be {list(expected.get(name, []))}"
+        )
+    adapters = {name: tensor.detach().to("cpu", torch.float32).clone() for name, tensor in adapters.items()}
+    module.load_state_dict(adapters, strict=False, assign=True)
+    with new_folder(out) as partial:
+        module.save_lora_adapter(partial, weight_name=WEIGHT_NAME)  # type: ignore[operator]
+        (partial / WEIGHT_NAME).chmod(0o666 & partial.stat().st_mode)

@@ -1,0 +1,65 @@
+"""DistributedDataParallel: replicated weights, gradients all-reduced in buckets beside backward."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kandinsky_dist.optim.adamw import ensure_state, set_step_count
+from kandinsky_dist.parallel.base import Fragment, FragmentSource, ModelPlan, StepOutcome, Strategy
+from kandinsky_dist.parallel.replicated import autocast_forward, guard_and_clip, owned_share, whole_fragments
+
+
+class DDPStrategy(Strategy):
+    """torch's DDP; alone it is the plain module, so the reference and the engine are one code path."""
+
+    def prepare(self, plan: ModelPlan) -> nn.Module:
+        """Builds the model on the device and wraps it."""
+        module = plan.build()
+        module.load_state_dict(plan.state_dict())
+        module.to(self.process.device)
+        autocast_forward(module, self.process.device, self.precision)
+        self._named = [(name, item) for name, item in module.named_parameters() if item.requires_grad]
+        self._optimizer = plan.optimizer(self._named)
+        ensure_state(self._optimizer, (item for _, item in self._named))
+        self._ddp = None
+        if self.process.world_size > 1:
+            self._ddp = DistributedDataParallel(
+                module,
+                device_ids=[self.process.device.index] if self.process.device.type == "cuda" else None,
+                bucket_cap_mb=self.config.parallel.bucket_mib,
+                gradient_as_bucket_view=True,
+            )
+        return self._ddp or module
+
+    def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Gradients stay local until the last micro-batch."""
+        return nullcontext() if is_last or self._ddp is None else self._ddp.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Plain backward; DDP's hooks reduce the buckets as they fill."""
+        loss.backward()
+
+    def step(self, *, learning_rate: float) -> StepOutcome:
+        """Clip, guard and fused AdamW, all on the device."""
+        gradients = [parameter.grad for _, parameter in self._named if parameter.grad is not None]
+        outcome = guard_and_clip(
+            self._optimizer,
+            gradients,
+            learning_rate=learning_rate,
+            max_grad_norm=self.config.optim.max_grad_norm,
+        )
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return outcome
+
+    def fragments(self) -> Sequence[Fragment]:
+        """1/world_size of each parameter."""
+        held = whole_fragments(self._named, self._optimizer)
+        return owned_share(held, rank=self.process.rank, world_size=self.process.world_size)
+
+    def load_fragments(self, source: FragmentSource, *, num_steps: int) -> None:
+        """Every rank reads everything: it holds everything."""
+        self.copy_from(source, whole_fragments(self._named, self._optimizer))
+        set_step_count(self._optimizer, num_steps)

@@ -1,0 +1,89 @@
+"""DeepSpeed's configuration file: an ordinary file that a user may edit, completed by what the run owns."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import kandinsky_dist
+from kandinsky_dist.config.schema import Config
+from kandinsky_dist.errors import ConfigError
+
+
+def shipped_file(strategy: str) -> Path:
+    """`ds_configs/<strategy>.json`, in a wheel inside the package, in a checkout beside it."""
+    package = Path(kandinsky_dist.__file__).parent
+    folders = (package / "ds_configs", package.parent / "ds_configs")
+    return next(path for folder in folders if (path := folder / f"{strategy}.json").is_file())
+
+
+def complete(config: Config, *, world_size: int, num_micro: int, is_bf16: bool) -> dict[str, Any]:
+    """The file's settings with batch sizes, precision, clipping and stage filled in.
+
+    Args:
+        is_bf16: whether the engine holds bf16 weights (stages 1 to 3).
+
+    Raises:
+        ConfigError: the file is no JSON, or sets one of those keys to something else.
+    """
+    path = Path(config.parallel.ds_config) if config.parallel.ds_config else shipped_file(config.parallel.strategy)
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"parallel.ds_config={path}: not readable as JSON: {error}") from error
+    stage = int(config.parallel.strategy.removeprefix("zero"))
+    owned: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (config.data.global_batch_size, "data.global_batch_size"),
+        "train_micro_batch_size_per_gpu": (config.data.micro_batch_size, "data.micro_batch_size"),
+        "gradient_accumulation_steps": (num_micro, f"global_batch_size on {world_size} ranks"),
+        # ZeRO-0 does not guard its own step; there the code clips and skips.
+        "gradient_clipping": (config.optim.max_grad_norm if stage else 0.0, "optim.max_grad_norm"),
+        "bf16.enabled": (is_bf16, "parallel.precision"),
+        "fp16.enabled": (False, "parallel.precision"),
+        "zero_optimization.stage": (stage, f"parallel.strategy={config.parallel.strategy}"),
+    }
+    for key in ("optimizer", "scheduler"):
+        if key in settings:
+            raise ConfigError(f"parallel.ds_config={path} sets {key}, which optim.* owns: remove it from the file")
+    for dotted, (value, owner) in owned.items():
+        _merge(settings, dotted.split("."), value, f"parallel.ds_config={path}", owner)
+    zero = settings["zero_optimization"]
+    # Elements, not bytes: the same bucket in MiB whatever the communicated type.
+    num_elements = int(config.parallel.bucket_mib * 2**20) // (2 if is_bf16 else 4)
+    zero.setdefault("reduce_bucket_size", num_elements)
+    zero.setdefault("allgather_bucket_size", num_elements)
+    return settings
+
+
+def _merge(tree: dict[str, Any], path: list[str], value: Any, where: str, owner: str) -> None:
+    """Sets a nested key, or raises where the file already says something else ("auto" says nothing)."""
+    *parents, leaf = path
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    found = tree.get(leaf, "auto")
+    if found != "auto" and found != value:
+        raise ConfigError(
+            f"{where} sets {'.'.join(path)}={found}, the run has {value} ({owner}): make them agree or remove it"
+        )
+    tree[leaf] = value
+
+
+def import_deepspeed(device_type: str) -> Any:
+    """DeepSpeed, quiet, on the right accelerator, without its slow build step on a CPU."""
+    import logging
+    import os
+
+    from kandinsky_dist.optional import require
+
+    if device_type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    is_first_import = "deepspeed" not in sys.modules
+    deepspeed = require("deepspeed", extra="deepspeed", why="a zero strategy")
+    if is_first_import:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device_type == "cpu":
+        # Its shared-memory all-reduce is compiled for a minute at first use and sums in another order
+        # than gloo; a CPU run is for trying things out, where neither is wanted.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

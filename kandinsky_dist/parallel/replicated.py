@@ -1,0 +1,59 @@
+"""What engines that hold every weight on every rank share: DDP and ZeRO-0.
+
+Weights and moments are fp32; bf16 is autocast. The step guards itself, on the device.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky_dist.optim.adamw import set_learning_rate
+from kandinsky_dist.parallel.base import Fragment, StepOutcome
+
+
+def autocast_forward(module: nn.Module, device: torch.device, precision: torch.dtype) -> None:
+    """Runs the module's forward under autocast where `precision` is not fp32."""
+    if precision != torch.float32:
+        module.forward = torch.autocast(device.type, precision)(module.forward)
+
+
+def guard_and_clip(
+    optimizer: torch.optim.AdamW, gradients: Sequence[Tensor], *, learning_rate: float, max_grad_norm: float
+) -> StepOutcome:
+    """Clips reduced gradients and arms the fused optimizer to skip a non-finite step. No host sync.
+
+    The gradients are reduced, so a NaN of any rank is in every rank's norm and all ranks skip alike.
+
+    Returns:
+        The outcome of the step that `optimizer.step()` will then take.
+    """
+    grad_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if max_grad_norm > 0:
+        torch._foreach_mul_(list(gradients), (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+    skipped = (~torch.isfinite(grad_norm)).to(torch.float32)
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
+    set_learning_rate(optimizer, learning_rate)
+    return StepOutcome(grad_norm=grad_norm, skipped=skipped)
+
+
+def whole_fragments(named: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> list[Fragment]:
+    """Every trained parameter as one fragment: what a rank holds."""
+    found = []
+    for name, parameter in named:
+        if parameter.requires_grad:
+            state = optimizer.state[parameter]
+            tensors = (parameter.detach(), state["exp_avg"], state["exp_avg_sq"])
+            found.append(Fragment(name, 0, parameter.numel(), *(tensor.view(-1) for tensor in tensors)))
+    return found
+
+
+def owned_share(held: Iterable[Fragment], *, rank: int, world_size: int) -> list[Fragment]:
+    """This rank's 1/world_size of each whole fragment: what it writes."""
+    found = []
+    for fragment in held:
+        start, stop = (fragment.numel * edge // world_size for edge in (rank, rank + 1))
+        if stop > start:
+            parts = (tensor[start:stop] for tensor in (fragment.master, fragment.exp_avg, fragment.exp_avg_sq))
+            found.append(Fragment(fragment.name, start, fragment.numel, *parts))
+    return found

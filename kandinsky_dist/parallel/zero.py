@@ -1,0 +1,202 @@
+"""DeepSpeed ZeRO 0 to 3 behind the Strategy protocol."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky_dist.optim.adamw import ensure_state, set_learning_rate, set_step_count
+from kandinsky_dist.parallel import ds_config
+from kandinsky_dist.parallel.base import (
+    Fragment,
+    FragmentSource,
+    ModelPlan,
+    StepOutcome,
+    Strategy,
+    cast_inputs,
+)
+from kandinsky_dist.parallel.replicated import autocast_forward, guard_and_clip, owned_share, whole_fragments
+
+
+class ZeroStrategy(Strategy):
+    """A DeepSpeed engine around the model; the subclasses know where their stage keeps what a rank owns."""
+
+    # Stages 1 to 3 keep weights in the precision of the engine and fp32 masters beside them; ZeRO-0 keeps
+    # fp32 weights and autocasts, because DeepSpeed's own bf16 wrapper for stage 0 takes a step with zero
+    # gradients to create its state, which sets AdamW's bias correction one step ahead.
+    holds_low_precision_weights = True
+
+    def prepare(self, plan: ModelPlan) -> nn.Module:
+        """Builds the model and hands it to `deepspeed.initialize`."""
+        deepspeed = ds_config.import_deepspeed(self.process.device.type)
+        is_bf16 = self.holds_low_precision_weights and self.precision == torch.bfloat16
+        self._settings = ds_config.complete(
+            self.config, world_size=self.process.world_size, num_micro=self.num_micro, is_bf16=is_bf16
+        )
+        deepspeed.init_distributed(dist_init_required=False)
+        module = self._build(deepspeed, plan)
+        if not self.holds_low_precision_weights:
+            autocast_forward(module, self.process.device, self.precision)
+        self._named = [(name, item) for name, item in module.named_parameters() if item.requires_grad]
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=plan.optimizer(self._named), config=self._settings
+        )
+        if is_bf16:
+            cast_inputs(self._engine.module, torch.bfloat16)
+        ensure_state(self._adamw, self._masters())
+        return self._engine
+
+    def _build(self, deepspeed: Any, plan: ModelPlan) -> nn.Module:
+        module = plan.build()
+        module.load_state_dict(plan.state_dict())
+        return module
+
+    @property
+    def _adamw(self) -> torch.optim.AdamW:
+        """The optimizer inside DeepSpeed's wrapper."""
+        return self._engine.optimizer.optimizer
+
+    def _masters(self) -> list[Tensor]:
+        """The tensors that AdamW updates on this rank."""
+        raise NotImplementedError
+
+    @contextmanager
+    def accumulate(self, *, is_last: bool) -> Iterator[None]:
+        """Tells the engine which micro-batch ends the step; it reduces accordingly."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """The engine's backward; `loss` is already divided by the number of micro-batches."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # counts the micro-batch, updates nothing
+
+    def step(self, *, learning_rate: float) -> StepOutcome:
+        """The engine's own clip, skip and update."""
+        set_learning_rate(self._engine.optimizer, learning_rate)
+        self._engine.step()
+        is_skipped = bool(self._engine.optimizer.overflow)  # a host value: DeepSpeed has synchronised already
+        grad_norm = float("inf") if is_skipped else self._engine.get_global_grad_norm()
+        device = self.process.device
+        return StepOutcome(
+            grad_norm=torch.as_tensor(grad_norm, device=device).to(torch.float32),
+            skipped=torch.tensor(float(is_skipped), device=device),
+        )
+
+    def load_fragments(self, source: FragmentSource, *, num_steps: int) -> None:
+        """Fills this rank's masters and moments, then the weights of all ranks from them."""
+        self.copy_from(source, self._held())
+        set_step_count(self._adamw, num_steps)
+        self._publish()
+
+    def _held(self) -> Sequence[Fragment]:
+        """All that is in this rank's memory; what it owns, unless the stage replicates."""
+        return self.fragments()
+
+    def _publish(self) -> None:
+        """Brings the weights that forward reads up to the masters. Collective."""
+        raise NotImplementedError
+
+    def _fragment(self, name: str, start: int, stop: int, numel: int, master: Tensor, offset: int) -> Fragment:
+        """A piece of a parameter that lies at `offset` of a flat master tensor."""
+        state = self._adamw.state[master]
+        tensors = (master.detach(), state["exp_avg"], state["exp_avg_sq"])
+        return Fragment(name, start, numel, *(tensor.narrow(0, offset, stop - start) for tensor in tensors))
+
+
+class Zero0(ZeroStrategy):
+    """Replicated weights; DeepSpeed reduces, the code clips, guards and skips."""
+
+    holds_low_precision_weights = False
+
+    @property
+    def _adamw(self) -> torch.optim.AdamW:
+        return self._engine.optimizer
+
+    def _masters(self) -> list[Tensor]:
+        return [parameter for _, parameter in self._named]
+
+    def step(self, *, learning_rate: float) -> StepOutcome:
+        """Clip and guard on the device, then the engine's update."""
+        gradients = [parameter.grad for _, parameter in self._named if parameter.grad is not None]
+        outcome = guard_and_clip(
+            self._adamw, gradients, learning_rate=learning_rate, max_grad_norm=self.config.optim.max_grad_norm
+        )
+        self._engine.step()
+        return outcome
+
+    def fragments(self) -> Sequence[Fragment]:
+        """1/world_size of each parameter."""
+        return owned_share(self._held(), rank=self.process.rank, world_size=self.process.world_size)
+
+    def _held(self) -> Sequence[Fragment]:
+        return whole_fragments(self._named, self._adamw)
+
+    def _publish(self) -> None:
+        """Nothing: the masters are the weights."""
+
+
+class Zero12(ZeroStrategy):
+    """Stages 1 and 2: each rank updates its partition of the flattened groups."""
+
+    def _masters(self) -> list[Tensor]:
+        return list(self._engine.optimizer.single_partition_of_fp32_groups)
+
+    def fragments(self) -> Sequence[Fragment]:
+        """The pieces of parameters that fall into this rank's partitions."""
+        masters = self._masters()
+        found = []
+        for name, parameter in self._named:
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is not None:
+                inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+                master = masters[mapping.param_group_index]
+                stop = inside.start + inside.numel
+                found.append(self._fragment(name, inside.start, stop, parameter.numel(), master, flat.start))
+        return found
+
+    def _publish(self) -> None:
+        self._engine.optimizer.update_lp_params()
+
+
+class Zero3(ZeroStrategy):
+    """Stage 3: weights are partitioned too, from the moment the model is built."""
+
+    def _build(self, deepspeed: Any, plan: ModelPlan) -> nn.Module:
+        with deepspeed.zero.Init(config_dict_or_path=self._settings, dtype=self.precision):
+            module = plan.build()
+        weights: Mapping[str, Tensor] = plan.state_dict() if self.process.is_first else {}
+        for name, parameter in module.named_parameters():
+            # One at a time: gathering all would put the whole model on every rank.
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if self.process.is_first:
+                    parameter.data.copy_(weights[name])
+        return module
+
+    def _masters(self) -> list[Tensor]:
+        return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+
+    def fragments(self) -> Sequence[Fragment]:
+        """This rank's equal slice of each parameter, without the padding at the end."""
+        optimizer = self._engine.optimizer
+        found = []
+        for name, parameter in self._named:
+            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = size * self.process.rank
+            stop = min(start + size, parameter.ds_numel)  # type: ignore[attr-defined]
+            if stop > start:
+                master = optimizer.fp32_partitioned_groups_flat[group]
+                numel = parameter.ds_numel  # type: ignore[attr-defined]
+                found.append(self._fragment(name, start, stop, numel, master, offset))
+        return found
+
+    def _publish(self) -> None:
+        optimizer = self._engine.optimizer
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

@@ -1,0 +1,70 @@
+"""This process among all ranks: its device, and the process group for as long as it trains."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from kandinsky_dist.config.ranks import read_ranks
+from kandinsky_dist.errors import ConfigError
+
+STARTUP_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among all ranks."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is global rank 0, which alone writes what is written once."""
+        return self.rank == 0
+
+
+@contextmanager
+def joined() -> Iterator[Process]:
+    """Joins the process group for the length of the context.
+
+    A process group is made for a single process too, so that there is one code path.
+
+    Raises:
+        ConfigError: the launcher's variables contradict each other or the number of GPUs.
+    """
+    ranks = read_ranks(os.environ)
+    device = _device(ranks.local_rank)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(
+            backend, rank=ranks.rank, world_size=ranks.world_size, timeout=STARTUP_TIMEOUT
+        )
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=STARTUP_TIMEOUT)
+    # DeepSpeed reads these even where the group stands.
+    os.environ.update(
+        RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local_rank), WORLD_SIZE=str(ranks.world_size)
+    )
+    try:
+        yield Process(ranks.rank, ranks.local_rank, ranks.world_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 1:
+        local_rank = 0  # srun --gpus-per-task=1 shows each task its own GPU only
+    if local_rank >= count:
+        raise ConfigError(f"local rank {local_rank} has no GPU of its own: this node shows {count}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

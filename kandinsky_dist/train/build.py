@@ -1,0 +1,179 @@
+"""From a configuration to the parts of a run. Nothing here is collective."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kandinsky_dist.config.schema import Config
+from kandinsky_dist.data.dataset import ShardDataset, Views
+from kandinsky_dist.data.loader import Loader
+from kandinsky_dist.data.manifest import Manifest, read_manifest
+from kandinsky_dist.data.plan import Plan
+from kandinsky_dist.data.storage import LocalStorage
+from kandinsky_dist.models import blocks
+from kandinsky_dist.models.frozen import clip_preprocessing, load_image_encoder, load_movq, load_text_encoder
+from kandinsky_dist.models.load import ModelSource, freeze_statistics, pipeline_folder
+from kandinsky_dist.models.tokenizer import load_tokenizer
+from kandinsky_dist.objectives.base import Objective
+from kandinsky_dist.objectives.decoder import DecoderObjective
+from kandinsky_dist.objectives.noise import NoiseSchedule
+from kandinsky_dist.objectives.pixels import Normalisation
+from kandinsky_dist.objectives.prior import PriorObjective
+from kandinsky_dist.optim.adamw import build_adamw
+from kandinsky_dist.parallel.base import ModelPlan
+from kandinsky_dist.runtime.process import Process
+
+PRIOR_COMPONENTS = ("prior", "text_encoder", "tokenizer", "image_encoder", "image_processor")
+DECODER_COMPONENTS = ("unet", "movq", "scheduler")
+CONDITIONING_COMPONENTS = ("image_encoder", "image_processor")
+MOVQ_STATISTICS = (0.5, 0.5, 0.5)  # pixels in [0, 255] / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Pipeline folders of a run: CLIP is always the prior pipeline's."""
+
+    prior: Path
+    decoder: Path | None
+
+    @classmethod
+    def of(cls, config: Config) -> "Folders":
+        """Resolves and checks the folders or hub names that the stage reads."""
+        if config.stage == "prior":
+            return cls(pipeline_folder(config.model.prior, "model.prior", PRIOR_COMPONENTS), None)
+        return cls(
+            pipeline_folder(config.model.prior, "model.prior", CONDITIONING_COMPONENTS),
+            pipeline_folder(config.model.decoder, "model.decoder", DECODER_COMPONENTS),
+        )
+
+    @property
+    def source(self) -> ModelSource:
+        """The network that is trained."""
+        return ModelSource(self.decoder, "unet") if self.decoder else ModelSource(self.prior, "prior")
+
+
+def model_plan(config: Config, source: ModelSource) -> ModelPlan:
+    """How the strategy makes the trained model and its optimizer."""
+
+    def build() -> nn.Module:
+        module = source.build()
+        freeze_statistics(module)
+        if config.model.variant == "lora":
+            from kandinsky_dist.models.lora import add_adapters
+
+            add_adapters(module, config.model.lora_rank)
+        if config.parallel.gradient_checkpointing:
+            blocks.enable_gradient_checkpointing(module)
+        blocks.set_attention(module, config.parallel.attention)
+        return module
+
+    return ModelPlan(
+        build=build,
+        state_dict=source.state_dict,
+        optimizer=partial(build_adamw, config=config.optim),
+    )
+
+
+def build_objective(config: Config, folders: Folders, device: torch.device, precision: torch.dtype) -> Objective:
+    """The stage's objective with its frozen encoders on the device, in the engine's precision."""
+    clip = clip_preprocessing(folders.prior)
+    image_encoder = load_image_encoder(folders.prior, precision, device)
+    normalisation = Normalisation(clip.mean, clip.std, precision)
+    if folders.decoder is None:
+        weights = folders.source.state_dict()
+        return PriorObjective(
+            text_encoder=load_text_encoder(folders.prior, precision, device),
+            image_encoder=image_encoder,
+            clip_mean_D=weights["clip_mean"].to(device, torch.float32).flatten(),
+            clip_std_D=weights["clip_std"].to(device, torch.float32).flatten(),
+            schedule=prior_schedule().to(device),
+            normalisation=normalisation,
+            seed=config.run.seed,
+            snr_gamma=config.objective.snr_gamma,
+        )
+    zeros = torch.zeros(1, 3, clip.size, clip.size, device=device, dtype=precision)
+    with torch.no_grad():
+        zero_embedding_D = image_encoder(zeros).image_embeds[0].to(torch.float32)
+    return DecoderObjective(
+        image_encoder=image_encoder,
+        movq=load_movq(folders.decoder, precision, device, encode_only=True),
+        zero_embedding_D=zero_embedding_D,
+        schedule=decoder_schedule(folders.decoder).to(device),
+        clip_normalisation=normalisation,
+        movq_normalisation=Normalisation(MOVQ_STATISTICS, MOVQ_STATISTICS, precision),
+        image_embedding_dropout=config.data.image_embedding_dropout,
+        seed=config.run.seed,
+        snr_gamma=config.objective.snr_gamma,
+    )
+
+
+def prior_schedule() -> NoiseSchedule:
+    """The prior's training schedule: cosine, predicting the sample.
+
+    The pipeline's own scheduler (UnCLIP) is for inference and cannot add noise; its betas are the same.
+    """
+    from diffusers import DDPMScheduler
+
+    return NoiseSchedule.of_scheduler(
+        DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", prediction_type="sample")
+    )
+
+
+def decoder_schedule(folder: Path) -> NoiseSchedule:
+    """The decoder pipeline's own schedule: linear betas, predicting the noise."""
+    from diffusers import DDPMScheduler
+
+    return NoiseSchedule.of_scheduler(DDPMScheduler.from_pretrained(folder, subfolder="scheduler"))
+
+
+def build_loader(
+    config: Config, folders: Folders, manifest: Manifest, process: Process, *, is_training: bool
+) -> Loader:
+    """Batches of one corpus; captions are dropped in training only."""
+    is_prior = config.stage == "prior"
+    views = Views(
+        clip_size=clip_preprocessing(folders.prior).size,
+        resolution=None if is_prior else config.data.resolution,
+        tokenize=load_tokenizer(folders.prior) if is_prior else None,
+        caption_dropout=config.data.caption_dropout if is_prior and is_training else 0.0,
+        seed=config.run.seed,
+    )
+    plan = Plan(manifest.shard_sizes, seed=config.run.seed)
+    return Loader(
+        ShardDataset(manifest, plan, views, LocalStorage(manifest)),
+        global_batch_size=config.data.global_batch_size,
+        micro_batch_size=config.data.micro_batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        num_workers=config.data.num_workers if is_training else 0,
+        device=process.device,
+    )
+
+
+def training_manifest(config: Config) -> Manifest:
+    """The training corpus."""
+    assert config.data.shards is not None
+    return read_manifest(config.data.shards)
+
+
+def identity(config: Config, folders: Folders, manifest: Manifest) -> dict[str, Any]:
+    """Configuration key -> value or fingerprint that a resumed run must share with its checkpoint."""
+    keys = [
+        "run.seed",
+        "data.global_batch_size",
+        "model.variant",
+        "objective.snr_gamma",
+        *(["data.caption_dropout"] if config.stage == "prior" else []),
+        *(["data.image_embedding_dropout", "data.resolution"] if config.stage == "decoder" else []),
+    ]
+    found: dict[str, Any] = {"stage": config.stage, **{key: config.get(key) for key in keys}}
+    found["data.shards"] = f"corpus {manifest.fingerprint[:16]}"
+    found[f"model.{config.stage}"] = f"architecture {folders.source.fingerprint[:16]}"
+    return found
+
+
