@@ -18,7 +18,7 @@ from types import FrameType
 
 import psutil
 
-# Where the ranks fail, the node that hosts the meeting may leave first: the others' launchers would each print
+# Where ranks fail, the node that hosts the meeting may leave first; the other launchers would each print
 # a C++ stack trace about it. The variable is read at import and is not for the ranks.
 log_level = os.environ.get("TORCH_CPP_LOG_LEVEL")
 os.environ["TORCH_CPP_LOG_LEVEL"] = log_level or "ERROR"
