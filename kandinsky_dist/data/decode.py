@@ -44,7 +44,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(
-                    f"{name}: {image.width} x {image.height} pixels are more than {MAX_PIXELS}; shrink the image"
+                    f"{name}: {image.width} x {image.height} pixels are more than {MAX_PIXELS}; shrink it"
                 )
             image.load()
             return _to_rgb(_upright(image))

@@ -194,7 +194,7 @@ def _samples(path: Path, table: TarTable) -> tuple[list[str], list[Places], list
         if match is None or re.search(r"(^|/)__[^/]*__($|/)", member.name):
             continue  # no extension, hidden, or WebDataset's own notes
         key, extension = match[1], match[2].lower()
-        if key != current and key in samples or extension in samples.get(key, ()):
+        if (key != current and key in samples) or extension in samples.get(key, ()):
             raise DataError(
                 f"{path} has the key {key!r} twice ({member.name}); keys must be unique in a shard"
             )

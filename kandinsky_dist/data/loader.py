@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from kandinsky_dist.data.dataset import Batch, ShardDataset
-from kandinsky_dist.data.workers import raising_worker_deaths, start_worker, worker_death, worker_processes
+from kandinsky_dist.data.workers import next_from, start_worker, worker_processes
 from kandinsky_dist.errors import KandinskyError
 
 
@@ -110,15 +110,12 @@ class Loader:
             worker_init_fn=start_worker if num_workers else None,
             generator=torch.Generator(),  # its own: the default one is not ours to advance
         )
-        with worker_processes(iter(loader)) as batches:
+        with worker_processes(loader) as iterator:
             while True:
                 try:
-                    with raising_worker_deaths():
-                        batch = next(batches)
+                    batch = next_from(iterator)
                 except StopIteration:
                     return
-                except RuntimeError as error:
-                    raise worker_death(error) from error
                 if isinstance(batch, KandinskyError):
                     raise batch
                 yield batch

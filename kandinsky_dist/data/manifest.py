@@ -1,4 +1,4 @@
-"""What a corpus consists of: each folder of shards has a manifest, which is looked at instead of the shards."""
+"""What a corpus consists of: each folder of shards has a manifest, which is read instead of the shards."""
 
 import hashlib
 import json
@@ -139,7 +139,7 @@ def _whole_folder(folder: Path) -> Manifest:
     if unlisted:
         # Not an error: a corpus may grow while a run that was started on less of it is being resumed.
         logger.warning(
-            "%d shards of %s are not in its manifest and not used, first %s; to add them: kandinsky-dist data index %s",
+            "%d shards in %s are not in its manifest, so not used, first %s; to add: kandinsky-dist data index %s",
             len(unlisted),
             folder,
             unlisted[0],
@@ -160,7 +160,7 @@ def _select(shards: str, paths: list[Path]) -> list[Manifest]:
     strangers = [path for path in paths if path.name not in known[path.parent]]
     if strangers:
         raise DataError(
-            f"{len(strangers)} of {len(paths)} shards are not in their folder's {MANIFEST_NAME}, first {strangers[0]}; "
+            f"{len(strangers)} of {len(paths)} shards are not in a {MANIFEST_NAME}, first {strangers[0]}; "
             f"run: kandinsky-dist data index {strangers[0].parent}"
         )
     return [Manifest(path.parent, (known[path.parent][path.name],)) for path in paths]
@@ -188,5 +188,3 @@ def _missing(shards: str, missing: list[Path], num_shards: int) -> str:
         f"shards={shards}: {len(missing)} of {num_shards} shards are missing, first {missing[0]}; "
         "copy them again, or index what is there"
     )
-
-

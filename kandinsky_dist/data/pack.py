@@ -113,7 +113,9 @@ def _listed(source: Path, table: Path, image_column: str | None, caption_column:
     image_column = image_column or next((name for name in IMAGE_COLUMNS if name in columns), IMAGE_COLUMNS[0])
     for name, option in ((image_column, "--image-column"), (caption_column, "--caption-column")):
         if name not in columns:
-            raise ConfigError(f"{table} has no column {name}; it has {', '.join(columns) or 'no rows'}: give {option}")
+            raise ConfigError(
+                f"{table} has no column {name}; it has {', '.join(columns) or 'no rows'}: give {option}"
+            )
     return [_Pair(source / str(row.get(image_column)), str(row.get(caption_column) or "")) for row in rows]
 
 
@@ -146,7 +148,11 @@ def _samples(source: Path, pairs: list[_Pair], left_out: _LeftOut) -> Iterator[d
         if not caption:
             left_out.add("without a caption", name)
             continue
-        yield {"__key__": _unique_key(name, keys), _extension(name): data, CAPTION_EXTENSION: caption.encode()}
+        yield {
+            "__key__": _unique_key(name, keys),
+            _extension(name): data,
+            CAPTION_EXTENSION: caption.encode(),
+        }
 
 
 def _caption_beside(path: Path) -> str:

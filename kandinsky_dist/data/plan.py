@@ -36,7 +36,7 @@ class _Epoch:
 
 
 def default_chunk_samples(num_samples: int, num_lanes: int) -> int:
-    """Chunk length: some chunks a lane, so that small corpora are well shuffled and large ones read in runs."""
+    """Chunk length: several a lane, so that small corpora are well shuffled and large ones read in runs."""
     return max(1, min(MAX_CHUNK_SAMPLES, num_samples // (num_lanes * CHUNKS_PER_LANE)))
 
 
@@ -49,7 +49,7 @@ class Plan:
     Args:
         shard_sizes: samples of each shard, any may be 0.
         seed: run.seed.
-        num_lanes: parallel reading fronts; ranks stay out of each other's shards if the world size divides it.
+        num_lanes: reading fronts; ranks stay out of each other's shards if the world size divides it.
         chunk_samples: None chooses by corpus size.
         window_chunks: chunks over which a lane is shuffled.
 

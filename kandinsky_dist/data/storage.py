@@ -13,7 +13,7 @@ from kandinsky_dist.errors import DataError
 
 MAX_OPEN_SHARDS = 128
 MAX_GAP_BYTES = 32 * 1024
-"""Members that lie closer than this are fetched by one read: a second one costs more than the bytes between."""
+"""Members that lie closer than this are fetched by one read: a second costs more than the bytes between."""
 
 
 @dataclass(frozen=True)

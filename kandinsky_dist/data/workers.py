@@ -4,7 +4,7 @@ import atexit
 import os
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -30,24 +30,48 @@ def start_worker(worker: int) -> None:
 
 
 @contextmanager
-def worker_processes(iterator: Any) -> Iterator[Iterator[Any]]:
-    """Ends the workers of a torch iterator at the end of the block or of the program."""
+def worker_processes(loader: Iterable[Any]) -> Iterator[Any]:
+    """The iterator of a torch DataLoader, whose workers end with the block or with the program."""
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    _hold_back(before, signal.getsignal(signal.SIGCHLD))
     _alive.add(iterator)
     try:
         yield iterator
     finally:
+        _alive.discard(iterator)
         _stop(iterator)
 
 
-@contextmanager
-def raising_worker_deaths() -> Iterator[None]:
-    """Inside this block, a worker's death raises at once; outside, when a loader is next asked for data.
+def next_from(iterator: Any) -> Any:
+    """The next item of an iterator that `worker_processes` gave.
 
-    torch raises it from a handler of SIGCHLD, that is, wherever the main thread happens to be: in the middle
-    of a collective or of a checkpoint.
+    Raises:
+        DataError: a worker died; in one line.
     """
+    try:
+        with _raising_worker_deaths():
+            return next(iterator)
+    # A death shows as torch's RuntimeError, or as a broken pipe when tensors are fetched from the dead.
+    except (RuntimeError, OSError, EOFError) as error:
+        dead = [worker for worker in getattr(iterator, "_workers", ()) if not worker.is_alive()]
+        if not dead:
+            raise
+        raise DataError(
+            f"a data worker (process {dead[0].pid}) {_ending(dead[0].exitcode)}; if memory or /dev/shm "
+            "ran out, lower data.num_workers or data.micro_batch_size"
+        ) from error
+
+
+def _ending(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    return f"ended with exit code {exit_code}"
+
+
+@contextmanager
+def _raising_worker_deaths() -> Iterator[None]:
     global _num_waiting
-    _hold_back_torch()
     _num_waiting += 1
     try:
         yield
@@ -55,9 +79,46 @@ def raising_worker_deaths() -> Iterator[None]:
         _num_waiting -= 1
 
 
-def worker_death(error: RuntimeError) -> Exception:
-    """torch's report of a dead worker as one line; any other error as it is."""
-    if "DataLoader worker" not in str(error):
-        return error
-    first = str(error).splitlines()[0].rstrip(". ")
-    return DataError(f"{first}; if memory or /dev/shm ran out, lower data.num_workers or data.micro_batch_size")
+def _hold_back(before: Any, torchs: Any) -> None:
+    """Lets torch raise a worker's death only while somebody waits for data.
+
+    torch does so in a handler of SIGCHLD, that is, wherever the main thread happens to be: in the middle of
+    a collective or of a checkpoint. A death that is held back is found when data is next asked for.
+
+    Args:
+        before: handler before torch started workers.
+        torchs: handler after it did; torch installs its own once a process.
+    """
+    if torchs is before:
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if _num_waiting:
+            torchs(number, frame)
+        elif callable(before):
+            before(number, frame)
+
+    signal.signal(signal.SIGCHLD, handler)
+
+
+def _stop(iterator: Any) -> None:
+    """Ends workers now, not when the garbage collector finds their iterator."""
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is None:
+        return  # without worker processes
+    try:
+        with _raising_worker_deaths():  # else a worker that died holding a lock would be waited for
+            shut_down()
+    except RuntimeError:
+        pass  # dead already
+    for worker in iterator._workers:
+        if worker.is_alive():  # stuck in a read; SIGTERM, which torch sent, is ignored
+            worker.kill()
+            worker.join()
+
+
+@atexit.register
+def _stop_all() -> None:
+    # multiprocessing joins its children at exit, after a SIGTERM that ours ignore: it would wait for ever.
+    for iterator in list(_alive):
+        _stop(iterator)
