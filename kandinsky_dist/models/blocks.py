@@ -1,6 +1,5 @@
 """A network's blocks: the units that are recomputed, compiled or sharded, and which attention they run."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -27,19 +26,24 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 def enable_gradient_checkpointing(module: nn.Module) -> None:
     """Makes backward recompute each layer rather than keep its activations; parameter names do not change.
 
-    Dropout, if any, is replayed. Gradients are those without it.
+    Dropout, if any, is replayed. Gradients are those without it. Calling it twice is calling it once.
 
-    The U-Net has hooks for it in diffusers. The prior has none and refuses, so its layers' `forward` is
-    wrapped on the instance: no submodule is added, hence no name.
+    diffusers refuses for the prior, and recomputes only the residual layers of this U-Net, not its attention.
+    So the layers' `forward` is wrapped on the instance: no submodule is added, hence no name.
     """
-    recompute = functools.partial(checkpoint, use_reentrant=False)
-    layers = getattr(module, "transformer_blocks", None)
-    if layers is None:
-        module.enable_gradient_checkpointing(recompute)  # type: ignore[operator]
-        return
-    for layer in layers:
+    for layer in _layers(module):
         if not isinstance(layer.forward, _Recomputed):
             layer.forward = _Recomputed(layer.forward)
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """What is worth recomputing alone: transformer layers; residual and attention layers of the U-Net."""
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.resnet import ResnetBlock2D
+
+    if hasattr(module, "transformer_blocks"):
+        return blocks(module)
+    return [layer for layer in module.modules() if isinstance(layer, (ResnetBlock2D, Attention))]
 
 
 class _Recomputed:

@@ -2,7 +2,9 @@
 
 import zlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,9 @@ UNET_PROJECTIONS = (*PROJECTIONS, "add_k_proj", "add_v_proj")
 def add_adapters(module: nn.Module, rank: int, *, seed: int = 0) -> None:
     """Adds trainable adapters of the given rank and freezes every other parameter.
 
-    The output does not change: the second factor starts at zero. The first is drawn from `seed` alone, so that
-    ranks that build the same network hold the same adapters.
+    The output does not change: the second factor starts at zero. The first is drawn from `seed` alone, so
+    that ranks that build the same network hold the same adapters. Collective where the parameters are already
+    partitioned by ZeRO-3.
 
     Raises:
         ConfigError: peft is not installed, or the rank is below 1.
@@ -32,17 +35,36 @@ def add_adapters(module: nn.Module, rank: int, *, seed: int = 0) -> None:
         raise ConfigError(f"model.lora_rank={rank} must be at least 1")
     peft = require("peft", extra="lora", why="model.variant=lora")
     targets = PROJECTIONS if hasattr(module, "transformer_blocks") else UNET_PROJECTIONS
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights=False)
     with torch.random.fork_rng(devices=[]):
         module.add_adapter(config, adapter_name=ADAPTER)  # type: ignore[operator]
     for name, parameter in module.named_parameters():
         parameter.requires_grad_("lora_" in name)
-        if "lora_A" in name and not parameter.is_meta:
-            # Of its own name and the seed, so that the order in which peft visits modules does not matter.
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-            bound = parameter.shape[1] ** -0.5
-            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-            parameter.data.copy_(values)
+        if "lora_" in name and not parameter.is_meta:
+            with _whole(parameter):
+                _initialise(name, parameter, seed)
+
+
+def _initialise(name: str, parameter: nn.Parameter, seed: int) -> None:
+    """LoRA's usual start, drawn by name and not by the order in which peft visits the modules.
+
+    Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; the bound is that of torch's linear layers.
+    """
+    if "lora_B" in name:
+        parameter.data.zero_()
+        return
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    bound = parameter.shape[1] ** -0.5
+    parameter.data.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+
+
+def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """Gathers a parameter that `deepspeed.zero.Init` has cut into pieces."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    deepspeed = require("deepspeed", extra="deepspeed", why="parallel.strategy=zero3")
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+    return gathered
 
 
 def adapter_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
