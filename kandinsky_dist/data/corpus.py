@@ -4,10 +4,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -64,27 +66,22 @@ def build_demo(
         raise ConfigError(
             f"image_size={image_size} must be at least 1 and max_samples={max_samples} at least 2"
         )
-    images_path, names_path = (_fetch(package) for package in (IMAGES_PACKAGE, NAMES_PACKAGE))
-    with tarfile.open(images_path) as archive:
-        members = {
-            PurePosixPath(member.name).stem: member for member in archive if member.name.endswith(".webp")
+    images, names = _read_images(_fetch(IMAGES_PACKAGE)), _read_names(_fetch(NAMES_PACKAGE))
+    manifests = {}
+    for split, emojis in split_held_out(match_names(sorted(images), names), max_samples).items():
+        origin = {
+            "command": "data demo",
+            "split": split,
+            "sources": [IMAGES_PACKAGE, NAMES_PACKAGE],
+            "licences": "MIT",
+            "image_size": image_size,
+            "samples_per_shard": samples_per_shard,
+            "keys_sha256": hashlib.sha256("\n".join(emoji.key for emoji in emojis).encode()).hexdigest(),
         }
-        splits = split_held_out(match_names(sorted(members), _read_names(names_path)), max_samples)
-        manifests = {}
-        for split, emojis in splits.items():
-            origin = {
-                "command": "data demo",
-                "split": split,
-                "sources": [IMAGES_PACKAGE, NAMES_PACKAGE],
-                "licences": "MIT",
-                "image_size": image_size,
-                "samples_per_shard": samples_per_shard,
-                "keys_sha256": hashlib.sha256("\n".join(emoji.key for emoji in emojis).encode()).hexdigest(),
-            }
-            samples = _samples(archive, members, emojis, image_size, split)
-            manifests[split] = write_shards(
-                samples, out / split, samples_per_shard=samples_per_shard, origin=origin, prefix=split
-            )
+        samples = _samples(images, emojis, image_size, split)
+        manifests[split] = write_shards(
+            samples, out / split, samples_per_shard=samples_per_shard, origin=origin, prefix=split
+        )
     return manifests
 
 
@@ -120,22 +117,11 @@ def split_held_out(emojis: list[Emoji], max_samples: int | None) -> dict[str, li
 
 
 def _samples(
-    archive: tarfile.TarFile,
-    members: dict[str, tarfile.TarInfo],
-    emojis: list[Emoji],
-    image_size: int,
-    split: str,
+    images: dict[str, bytes], emojis: list[Emoji], image_size: int, split: str
 ) -> Iterator[dict[str, Any]]:
-    sources = {_code(stem): member for stem, member in sorted(members.items(), reverse=True)}
-    # The compressed archive is read front to back once; going back would decompress it again.
-    wanted = {id(sources[emoji.key]): emoji for emoji in emojis}
-    webps = {
-        wanted[id(member)].key: _read_member(archive, member)
-        for member in members.values()
-        if id(member) in wanted
-    }
+    by_code = {_code(stem): data for stem, data in images.items()}
     for emoji in tqdm(emojis, desc=f"demo {split}", unit="image"):
-        image = Image.fromarray(square_view(decode_image(webps[emoji.key], emoji.key), image_size))
+        image = Image.fromarray(square_view(decode_image(by_code[emoji.key], emoji.key), image_size))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
         about = {"label": emoji.label, "tags": emoji.tags, "group": emoji.group, "base": emoji.base}
@@ -147,18 +133,34 @@ def _samples(
         }
 
 
-def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(member)
-    if file is None:
-        raise DataError(f"{member.name} is not a file; remove the archive and retry")
-    return file.read()
+def _read_images(path: Path) -> dict[str, bytes]:
+    """Images of the package by the stems of their names, the longest name of one emoji first."""
+    members = _read_members(path, re.compile(r"package/assets/[0-9a-f-]+\.webp"))
+    return {PurePosixPath(name).stem: members[name] for name in sorted(members, reverse=True)}
 
 
 def _read_names(path: Path) -> list[dict[str, Any]]:
-    with tarfile.open(path) as archive:
-        rows = json.loads(_read_member(archive, archive.getmember("package/en/data.json")))
-        groups = json.loads(_read_member(archive, archive.getmember("package/meta/groups.json")))["groups"]
+    rows_name, groups_name = "package/en/data.json", "package/meta/groups.json"
+    members = _read_members(path, re.compile(rf"{rows_name}|{groups_name}"))
+    try:
+        rows, groups = json.loads(members[rows_name]), json.loads(members[groups_name])["groups"]
+    except (KeyError, ValueError) as error:
+        raise DataError(f"{path} lacks {error}; remove it and retry") from error
     return [{**row, "group": groups.get(str(row.get("group")), "other")} for row in rows]
+
+
+def _read_members(path: Path, wanted: re.Pattern[str]) -> dict[str, bytes]:
+    """Reads files out of an archive, in one pass and in memory: nothing is unpacked to where it says."""
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            files = (
+                (member.name, archive.extractfile(member))
+                for member in archive
+                if wanted.fullmatch(member.name)
+            )
+            return {name: file.read() for name, file in files if file is not None}
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error}); remove it and retry") from error
 
 
 def _code(hexcode: str) -> str:

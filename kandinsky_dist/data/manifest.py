@@ -139,7 +139,7 @@ def _whole_folder(folder: Path) -> Manifest:
     if unlisted:
         # Not an error: a corpus may grow while a run that was started on less of it is being resumed.
         logger.warning(
-            "%d shards in %s are not in its manifest, so not used, first %s; to add: kandinsky-dist data index %s",
+            "%d shards in %s are not in its manifest nor used, first %s; run: kandinsky-dist data index %s",
             len(unlisted),
             folder,
             unlisted[0],

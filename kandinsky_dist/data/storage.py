@@ -90,12 +90,7 @@ class _OpenShard:
                 f"{self.path}: its index is of another version of the shard than the manifest; "
                 f"run: kandinsky-dist data index {self.path.parent}"
             )
-        try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DataError(
-                f"{self.path}: {error.strerror}, but it was there at the start; copy it again"
-            ) from error
+        self._descriptor: int | None = None
 
     def read(self, places: Mapping[str, tuple[int, int]]) -> dict[str, bytes]:
         if not places:
@@ -110,6 +105,8 @@ class _OpenShard:
         return {name: self._read(offset, size) for name, (offset, size) in places.items()}
 
     def _read(self, offset: int, size: int) -> bytes:
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         parts = []
         while size > 0:
             part = os.pread(self._descriptor, size, offset)
@@ -120,4 +117,5 @@ class _OpenShard:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)

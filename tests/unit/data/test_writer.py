@@ -1,0 +1,112 @@
+import logging
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from data_tars import picture
+
+from kandinsky_dist.data.manifest import read_manifest
+from kandinsky_dist.data.storage import LocalStorage
+from kandinsky_dist.data.writer import write_shards
+from kandinsky_dist.errors import ConfigError, DataError
+
+ORIGIN = {"command": "test", "seed": 1}
+
+
+def samples(count):
+    for number in range(count):
+        yield {
+            "__key__": f"k{number}",
+            "png": picture(number),
+            "txt": f"caption {number}".encode(),
+            "json": b"{}",
+        }
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".tar"}
+
+
+def test_shards_are_complete_readable_and_deterministic(tmp_path):
+    manifest = write_shards(samples(5), tmp_path / "a", samples_per_shard=2, origin=ORIGIN)
+    assert [shard.path for shard in manifest.shards] == [f"train-{number:05d}.tar" for number in range(3)]
+    assert manifest.shard_sizes.tolist() == [2, 2, 1]
+    assert manifest == read_manifest(str(tmp_path / "a"))
+    found = LocalStorage(manifest).read(1, 1)
+    assert (found.key, found.members["png"], found.members["txt"]) == ("k3", picture(3), b"caption 3")
+    again = write_shards(samples(5), tmp_path / "b 100%", samples_per_shard=2, origin=ORIGIN)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b 100%")
+    assert again.fingerprint == manifest.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b 100%"]
+
+
+def test_the_same_call_is_kept_and_another_refused(tmp_path, caplog):
+    first = write_shards(samples(3), tmp_path / "a", samples_per_shard=2, origin=ORIGIN)
+
+    def untouched():
+        raise AssertionError("samples of a complete result were asked for")
+        yield
+
+    with caplog.at_level(logging.WARNING):
+        assert write_shards(untouched(), tmp_path / "a", samples_per_shard=2, origin=ORIGIN) == first
+    assert "already complete (3 samples): kept" in caplog.text
+    with pytest.raises(ConfigError, match="exists and was not made by this very command"):
+        write_shards(untouched(), tmp_path / "a", samples_per_shard=2, origin={**ORIGIN, "seed": 2})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("...")
+    with pytest.raises(ConfigError, match="remove it or choose another folder"):
+        write_shards(untouched(), tmp_path / "mine", samples_per_shard=2, origin=ORIGIN)
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "a").mkdir()
+    assert write_shards(samples(1), tmp_path / "a", samples_per_shard=2, origin=ORIGIN).num_samples == 1
+
+
+def test_nothing_is_left_of_a_failure(tmp_path):
+    def failing():
+        yield from samples(3)
+        raise DataError("the source broke")
+
+    with pytest.raises(DataError, match="the source broke"):
+        write_shards(failing(), tmp_path / "a", samples_per_shard=2, origin=ORIGIN)
+    with pytest.raises(DataError, match="no usable samples"):
+        write_shards(iter(()), tmp_path / "a", samples_per_shard=2, origin=ORIGIN)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="samples_per_shard=0 must be at least 1"):
+        write_shards(samples(1), tmp_path / "a", samples_per_shard=0, origin=ORIGIN)
+
+
+def test_long_keys(tmp_path):
+    key = "folder/" + "x" * 300
+    sample = {"__key__": key, "png": picture(0), "txt": b"caption"}
+    manifest = write_shards([sample], tmp_path / "a", samples_per_shard=2, origin=ORIGIN)
+    assert LocalStorage(manifest).read(0, 0).key == key
+
+
+def test_no_space_left_is_one_line_and_leaves_nothing(tmp_path):
+    """A limit on file size stands for a full disk: the same failing write, without filling one."""
+    program = f"""
+        import resource
+        from pathlib import Path
+        from kandinsky_dist.data.writer import write_shards
+        from kandinsky_dist.errors import DataError
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        samples = ({{"__key__": str(n), "png": bytes(30_000), "txt": b"x"}} for n in range(100))
+        try:
+            write_shards(samples, Path({str(tmp_path / "a")!r}), samples_per_shard=50, origin={{}})
+        except DataError as error:
+            print(error)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.stdout.startswith(f"no space left for shards in {tmp_path} ("), result
+    assert result.stdout.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
