@@ -1,12 +1,16 @@
 """Silence for foreign progress bars and advice: a rank's log is for the run."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Switches the bars and warnings of transformers and diffusers off inside, and back to what they were."""
+    """Switches the bars and advice of transformers and diffusers off inside, and back to what they were.
+
+    Deprecations too: diffusers' combined pipeline passes arguments that its own decoder pipeline deprecates.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -16,7 +20,9 @@ def quiet_libraries() -> Iterator[None]:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         for library, (verbosity, had_bars) in zip(libraries, before, strict=True):
             library.set_verbosity(verbosity)

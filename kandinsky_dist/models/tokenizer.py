@@ -81,7 +81,7 @@ def load_tokenizer(folder: Path) -> Tokenize:
     try:
         tokenizer = _load(folder)
         text_config = json.loads((folder / "text_encoder" / "config.json").read_text("utf-8"))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # the tokenizers library raises bare exceptions
         raise ConfigError(f"{path} cannot be loaded as a CLIP tokenizer: {_first_line(error)}") from error
     vocabulary = tokenizer.get_vocab()
     expected = int(text_config.get("vocab_size", NUM_TOKENS))

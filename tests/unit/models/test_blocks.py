@@ -122,7 +122,7 @@ def test_blocks_hold_nearly_all_parameters_once_and_run_in_order(network):
 
 
 def test_sdpa_is_the_default_and_xformers_asks_for_what_it_needs(network):
-    build, loss, _ = network
+    build, _, _ = network
     model = build()
     before = {name: type(processor) for name, processor in model.attn_processors.items()}
     set_attention(model, "sdpa")

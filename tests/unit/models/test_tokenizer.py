@@ -45,7 +45,7 @@ def test_no_captions(prior_folder):
     assert tokens_BL.shape == mask_BL.shape == (0, 77)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.text(max_size=120), min_size=1, max_size=3))
 def test_same_as_the_pipelines_own_call(prior_folder, captions):
     tokens_BL, mask_BL = load_once(prior_folder)(captions)
@@ -82,12 +82,11 @@ def _in_child(tokenize, connection):
     connection.send(tokenize(["a photo of a cat"])[0][0, :7].tolist())
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_works_in_another_process_after_use_in_this_one(prior_folder, method):
+def test_works_after_a_fork_that_follows_use(prior_folder):
     tokenize = load_tokenizer(prior_folder)
     tokenize(["warm"] * 8)
-    context = multiprocessing.get_context(method)
+    context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     child = context.Process(target=_in_child, args=(tokenize, theirs))
     child.start()
@@ -147,8 +146,7 @@ def test_copies_the_tokenizer_of_a_pipeline_or_a_folder(tmp_path, prior_folder):
 
 def test_without_a_network_the_line_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("PIP_NO_INDEX",):
-        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     with pytest.raises(ConfigError, match=r"open-clip-torch==3\.3\.0 by pip: .*--tokenizer") as caught:
@@ -161,7 +159,7 @@ def test_a_damaged_cache_is_named(tmp_path, monkeypatch):
     (tmp_path / "kandinsky-dist").mkdir()
     cached = tmp_path / "kandinsky-dist" / "bpe_simple_vocab_16e6.txt.gz"
     cached.write_bytes(b"\x1f\x8b broken")
-    with pytest.raises(ConfigError, match="is damaged .*: delete it and try again"):
+    with pytest.raises(ConfigError, match=r"is damaged .*: delete it and try again"):
         write_tokenizer(tmp_path / "tokenizer", None)
 
 
