@@ -120,7 +120,7 @@ def _samples(
     images: dict[str, bytes], emojis: list[Emoji], image_size: int, split: str
 ) -> Iterator[dict[str, Any]]:
     by_code = {_code(stem): data for stem, data in images.items()}
-    for emoji in tqdm(emojis, desc=f"demo {split}", unit="image"):
+    for emoji in tqdm(emojis, desc=f"demo {split}", unit="image", disable=None):
         image = Image.fromarray(square_view(decode_image(by_code[emoji.key], emoji.key), image_size))
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)

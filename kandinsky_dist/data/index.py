@@ -56,7 +56,7 @@ def index_shards(
         shards: folder of tars, glob, brace pattern or list file; other shards that a folder's manifest
             already has stay in it.
         num_processes: shards that are read at a time.
-        progress: show a bar on stderr.
+        progress: show a bar on stderr when that is a terminal.
 
     Raises:
         DataError: a shard that is not a whole tar or has a key twice; no usable sample at all.
@@ -64,7 +64,7 @@ def index_shards(
     paths = resolve_shards(shards)
     num_processes = max(1, min(num_processes, len(paths) // SHARDS_PER_PROCESS))
     indexed: list[_Indexed] = []
-    with tqdm(total=len(paths), desc="index", unit="shard", disable=not progress) as bar:
+    with tqdm(total=len(paths), desc="index", unit="shard", disable=None if progress else True) as bar:
         if num_processes == 1:
             for path in paths:
                 indexed.append(_index_shard(path))

