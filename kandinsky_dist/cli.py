@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky_dist import __version__
-from kandinsky_dist.config import loader, resolve
+from kandinsky_dist.config import launch_env, loader, resolve
 from kandinsky_dist.config.ranks import read_ranks
 from kandinsky_dist.config.schema import SECTIONS, STAGES
 from kandinsky_dist.errors import KandinskyError
@@ -99,7 +99,7 @@ def _add_configured(commands: Any, name: str, run: Any, summary: str) -> argpars
 
 
 def _resolved(arguments: argparse.Namespace) -> loader.Resolved:
-    layers = [None, loader.command_line_layer(arguments.settings)]
+    layers = [launch_env.accelerate_layer(os.environ), loader.command_line_layer(arguments.settings)]
     return loader.load(arguments.stage, arguments.config, [layer for layer in layers if layer is not None])
 
 
@@ -156,7 +156,7 @@ def _add_data(commands: Any) -> None:
     parser.add_argument("source", type=Path, help="folder with metadata.jsonl or .csv, or with sidecar .txt captions")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples a tar")
-    parser.add_argument("--image-column", default="file_name", help="metadata's column of image paths")
+    parser.add_argument("--image-column", help="metadata's column of image paths (None: file_name or image)")
     parser.add_argument("--caption-column", default="text", help="metadata's column of captions")
 
     def index(arguments: argparse.Namespace) -> None:

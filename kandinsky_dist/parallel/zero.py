@@ -166,7 +166,8 @@ class Zero3(ZeroStrategy):
     """Stage 3: weights are partitioned too, from the moment the model is built."""
 
     def _build(self, deepspeed: Any, plan: ModelPlan) -> nn.Module:
-        with deepspeed.zero.Init(config_dict_or_path=self._settings, dtype=self.precision):
+        # No dtype argument: where fp16 is not supported DeepSpeed 0.19 reads any as bf16. The file says it.
+        with deepspeed.zero.Init(config_dict_or_path=self._settings):
             module = plan.build()
         weights: Mapping[str, Tensor] = plan.state_dict() if self.process.is_first else {}
         for name, parameter in module.named_parameters():

@@ -1,7 +1,7 @@
 """The trainer: one loop for both stages and every strategy."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from statistics import fmean
 
 from kandinsky_dist.checkpoint.layout import write_text
@@ -74,8 +74,8 @@ class Trainer:
             StoppedError: a stop was requested; the run has saved itself.
         """
         config = self.config
-        with self.guards():
-            for microbatches in self.loader.steps(self.state.samples_consumed):
+        with self.guards(), closing(self.loader.steps(self.state.samples_consumed)) as steps:
+            for microbatches in steps:  # on the device, exactly num_micro each
                 if self.state.step >= config.run.max_steps:
                     break
                 rate = self.learning_rate()
