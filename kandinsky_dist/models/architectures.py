@@ -168,7 +168,7 @@ _FULL = Architecture(
         "num_attention_heads": 20,
         "projection_dim": 1280,
     },
-    # A picture costs a trillion operations here: enough for a scale, not for an evening on a CPU.
+    # A picture costs 10^12 operations here: these give a scale without an evening on a CPU.
     num_pictures=16,
 )
 
@@ -217,6 +217,7 @@ _SMALL = Architecture(
         "num_attention_heads": 5,
         "projection_dim": 320,
     },
+    num_pictures=64,
 )
 
 _TINY = Architecture(

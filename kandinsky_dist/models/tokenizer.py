@@ -55,12 +55,7 @@ class Tokenize:
     def backend(self) -> Any:
         """This process's `tokenizers.Tokenizer`, which cuts and pads to 77 tokens."""
         if self._backend is None or self._process_id != os.getpid():
-            tokenizer = _load(self.folder)
-            self._backend = tokenizer.backend_tokenizer
-            self._backend.enable_truncation(MAX_TOKENS)
-            self._backend.enable_padding(
-                length=MAX_TOKENS, pad_id=tokenizer.convert_tokens_to_ids(END), pad_token=END
-            )
+            self._backend = _padding_backend(_load(self.folder))
             self._process_id = os.getpid()
         return self._backend
 
@@ -93,13 +88,21 @@ def load_tokenizer(folder: Path) -> Tokenize:
     for token in (START, END):
         if token not in vocabulary:
             raise ConfigError(f"{path} has no token {token}: it is not a CLIP tokenizer")
-    return Tokenize(folder)
+    return Tokenize(folder, _padding_backend(tokenizer), os.getpid())
 
 
 def _load(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+
+
+def _padding_backend(tokenizer: Any) -> Any:
+    """The tokenizer's `tokenizers.Tokenizer`, which then cuts and pads by itself."""
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(MAX_TOKENS)
+    backend.enable_padding(length=MAX_TOKENS, pad_id=tokenizer.convert_tokens_to_ids(END), pad_token=END)
+    return backend
 
 
 def _first_line(error: BaseException) -> str:
