@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that must pass before a change lands: format, lint, types, then the tests in tiers, fast ones first. Installs what it
-# needs: into the active virtual environment or .venv, and as root on Debian the packages for the Slurm tests.
+# Everything that must pass before a change lands: format, lint, types, then the tests in tiers, fast ones first.
+# Installs what it needs: into the active virtual environment or .venv, and as root on Debian the packages for the
+# Slurm tests.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
@@ -19,26 +20,29 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   fi
 fi
 
-say "Format, lint, types"
-ruff format --check .
-ruff check .
-mypy
-
-# Two cores are enough; threads of every rank on every core would only be in each other's way.
-export OMP_NUM_THREADS=1
-status=0
-# Runs a tier; one without tests (5) is no failure.
-tier() {
+failed=()
+# Runs a check to its end and goes on to the next one, so that one run tells all there is to mend.
+check() {
   local name=$1 outcome=0
   shift
-  say "Tests: $name"
-  pytest --durations=5 "$@" || outcome=$?
-  [ "$outcome" -eq 0 ] || [ "$outcome" -eq 5 ] || status=1
+  say "$name: $*"
+  "$@" || outcome=$?
+  # pytest's 5: no test is in that tier.
+  [ "$outcome" -eq 0 ] || { [ "$1" = pytest ] && [ "$outcome" -eq 5 ]; } || failed+=("$name")
 }
-tier unit -n 2 -m "not dist and not integration and not slurm and not gpu"
-tier "processes and command line" -m "(dist or integration) and not slurm and not gpu"
-tier slurm -m slurm
-[ ! -e /dev/nvidia0 ] || tier gpu -m gpu
+check format ruff format --check .
+check lint ruff check .
+check types mypy
 
-[ "$status" -eq 0 ] && say "All passed" || say "Failures: see above"
-exit "$status"
+# The ranks of a test share the cores; threads of every rank on every core would only be in each other's way.
+export OMP_NUM_THREADS=1
+check "unit tests" pytest -n 2 --durations=5 -m "not dist and not integration and not slurm and not gpu"
+check "process and command-line tests" pytest --durations=5 -m "(dist or integration) and not slurm and not gpu"
+check "slurm tests" pytest --durations=5 -m slurm
+[ ! -e /dev/nvidia0 ] || check "gpu tests" pytest --durations=5 -m gpu
+
+if [ "${#failed[@]}" -gt 0 ]; then
+  printf '\nFailed: %s\n' "$(IFS=';'; echo "${failed[*]}")"
+  exit 1
+fi
+say "All passed in $((SECONDS / 60)) min $((SECONDS % 60)) s"
