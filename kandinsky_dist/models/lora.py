@@ -67,14 +67,25 @@ def _whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
     return gathered
 
 
-def adapter_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters' tensors of a whole state, under the names that an adapter file uses.
+def under_adapters(source: ModelSource, rank: int) -> dict[str, Tensor]:
+    """The network's own weights, by their names in the network with adapters."""
+    weights = source.state_dict()
+    names = (name for name in _meta_module(source, rank).state_dict() if "lora_" not in name)
+    return {name: weights[name.replace(".base_layer.", ".")] for name in names}
 
-    Args:
-        state_dict: of a network with adapters, as gathered by any strategy.
-    """
-    marker = f".{ADAPTER}."
-    return {name.replace(marker, "."): tensor for name, tensor in state_dict.items() if "lora_" in name}
+
+def adapter_shapes(source: ModelSource, rank: int) -> dict[str, torch.Size]:
+    """The adapters' names in the network with adapters, and their shapes."""
+    state = _meta_module(source, rank).state_dict()
+    return {name: tensor.shape for name, tensor in state.items() if "lora_" in name}
+
+
+def _meta_module(source: ModelSource, rank: int) -> nn.Module:
+    """The network with adapters, without memory."""
+    with outside_zero_init(), torch.device("meta"):
+        module = source.build()
+        add_adapters(module, rank)
+    return module
 
 
 def save_adapters(source: ModelSource, rank: int, state_dict: Mapping[str, Tensor], out: Path) -> None:
@@ -89,11 +100,9 @@ def save_adapters(source: ModelSource, rank: int, state_dict: Mapping[str, Tenso
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    with outside_zero_init(), torch.device("meta"):
-        module = source.build()
-        add_adapters(module, rank)
+    module = _meta_module(source, rank)
     adapters = {name: tensor for name, tensor in state_dict.items() if "lora_" in name}
-    expected = {name: tensor.shape for name, tensor in module.state_dict().items() if "lora_" in name}
+    expected = adapter_shapes(source, rank)
     found = {name: tensor.shape for name, tensor in adapters.items()}
     if found != expected:
         name = min(name for name in {*found, *expected} if found.get(name) != expected.get(name))

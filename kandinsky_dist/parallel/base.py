@@ -60,7 +60,7 @@ class ModelPlan:
 
     Attributes:
         build: makes the module's structure in fp32, trainable flags set, weights arbitrary.
-        state_dict: initial weights by parameter name, fp32 on the CPU.
+        state_dict: initial weights by name, on the CPU; a parameter without one keeps what `build` gave it.
         optimizer: makes AdamW from named parameters.
     """
 
@@ -110,6 +110,12 @@ class Strategy(ABC):
             for kind in FRAGMENT_KINDS:
                 values = source.read(fragment.name, kind, fragment.start, fragment.stop)
                 getattr(fragment, kind).copy_(values)
+
+
+def load_initial(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copies initial weights into a whole module; adapters, which have none, keep theirs."""
+    unexpected = module.load_state_dict(weights, strict=False).unexpected_keys
+    assert not unexpected, f"weights without a parameter: {unexpected[:3]}"
 
 
 def cast_inputs(module: nn.Module, dtype: torch.dtype) -> None:

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kandinsky_dist.optim.adamw import ensure_state, set_step_count
-from kandinsky_dist.parallel.base import Fragment, FragmentSource, ModelPlan, StepOutcome, Strategy
+from kandinsky_dist.parallel.base import (
+    Fragment,
+    FragmentSource,
+    ModelPlan,
+    StepOutcome,
+    Strategy,
+    load_initial,
+)
 from kandinsky_dist.parallel.replicated import autocast_forward, guard_and_clip, owned_share, whole_fragments
 
 
@@ -17,7 +24,7 @@ class DDPStrategy(Strategy):
     def prepare(self, plan: ModelPlan) -> nn.Module:
         """Builds the model on the device and wraps it."""
         module = plan.build()
-        module.load_state_dict(plan.state_dict())
+        load_initial(module, plan.state_dict())
         module.to(self.process.device)
         autocast_forward(module, self.process.device, self.precision)
         self._named = [(name, item) for name, item in module.named_parameters() if item.requires_grad]

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO 0 to 3 behind the Strategy protocol."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from kandinsky_dist.parallel.base import (
     StepOutcome,
     Strategy,
     cast_inputs,
+    load_initial,
 )
 from kandinsky_dist.parallel.replicated import autocast_forward, guard_and_clip, owned_share, whole_fragments
 
@@ -50,7 +51,7 @@ class ZeroStrategy(Strategy):
 
     def _build(self, deepspeed: Any, plan: ModelPlan) -> nn.Module:
         module = plan.build()
-        module.load_state_dict(plan.state_dict())
+        load_initial(module, plan.state_dict())
         return module
 
     @property
@@ -169,12 +170,13 @@ class Zero3(ZeroStrategy):
         # No dtype argument: where fp16 is not supported DeepSpeed 0.19 reads any as bf16. The file says it.
         with deepspeed.zero.Init(config_dict_or_path=self._settings):
             module = plan.build()
-        weights: Mapping[str, Tensor] = plan.state_dict() if self.process.is_first else {}
+        weights = plan.state_dict()
         for name, parameter in module.named_parameters():
-            # One at a time: gathering all would put the whole model on every rank.
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if self.process.is_first:
-                    parameter.data.copy_(weights[name])
+            if name in weights:
+                # One at a time: gathering all would put the whole model on every rank.
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if self.process.is_first:
+                        parameter.data.copy_(weights[name])
         return module
 
     def _masters(self) -> list[Tensor]:

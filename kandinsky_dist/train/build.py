@@ -72,9 +72,16 @@ def model_plan(config: Config, source: ModelSource) -> ModelPlan:
         blocks.set_attention(module, config.parallel.attention)
         return module
 
+    def state_dict() -> Mapping[str, Tensor]:
+        if config.model.variant != "lora":
+            return source.state_dict()
+        from kandinsky_dist.models.lora import under_adapters
+
+        return under_adapters(source, config.model.lora_rank)
+
     return ModelPlan(
         build=build,
-        state_dict=source.state_dict,
+        state_dict=state_dict,
         optimizer=partial(build_adamw, config=config.optim),
     )
 
@@ -173,6 +180,8 @@ def identity(config: Config, folders: Folders, manifest: Manifest) -> dict[str, 
     ]
     found: dict[str, Any] = {"stage": config.stage, **{key: config.get(key) for key in keys}}
     found["data.shards"] = f"corpus {manifest.fingerprint[:16]}"
+    if config.model.variant == "lora":
+        found["model.lora_rank"] = config.model.lora_rank
     found[f"model.{config.stage}"] = f"architecture {folders.source.fingerprint[:16]}"
     return found
 
