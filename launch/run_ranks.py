@@ -1,8 +1,8 @@
 """Starts this node's ranks under torchrun, and ends with the exit status that they ended with.
 
 torchrun itself ends with 1 whatever its workers said, and takes a signal as the order to end them within
-30 seconds. Here SIGUSR1 and SIGTERM are passed on, the ranks take the time they need to save themselves,
-and "stopped on request, resume me" (75) reaches whoever started the run.
+30 seconds. Here SIGUSR1, SIGTERM and the first Ctrl-C are passed on, the ranks take the time they need to
+save themselves, and "stopped on request, resume me" (75) reaches whoever started the run.
 
 Arguments: torchrun's.
 """
@@ -38,13 +38,14 @@ def main(arguments: list[str]) -> int:
     """Runs torchrun with `arguments`; returns the exit status for the shell."""
     for number in PASSED_ON:
         signal.signal(number, _pass_on)
+    signal.signal(signal.SIGINT, _stop_at_keyboard)
     # torchrun's own account of every rank it ends; ours is one line, below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
-        # torchrun keeps only the signals that mean "now": a second Ctrl-C, a lost terminal.
-        run(parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *arguments]))
+        # torchrun keeps the signals that mean "now".
+        run(parse_args(["--signals-to-handle", "SIGHUP,SIGQUIT", *arguments]))
     except ChildFailedError as error:
         failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
         status = exit_status(failure.exitcode for _, failure in failures)
@@ -52,6 +53,8 @@ def main(arguments: list[str]) -> int:
             ended = ", ".join(f"rank {rank}: {failure.exitcode}" for rank, failure in failures)
             print(f"{socket.gethostname()}: ranks ended with {ended}", file=sys.stderr)
         return status
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return 0
 
 
@@ -80,6 +83,13 @@ def _pass_on(number: int, _frame: FrameType | None) -> None:
     for rank in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             rank.send_signal(number)
+
+
+def _stop_at_keyboard(_number: int, frame: FrameType | None) -> None:
+    """The first Ctrl-C asks the ranks to save themselves and stop; the second one ends them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print("stopping after this step; Ctrl-C again ends it at once", file=sys.stderr, flush=True)
+    _pass_on(signal.SIGUSR1, frame)
 
 
 if __name__ == "__main__":

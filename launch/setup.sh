@@ -52,7 +52,7 @@ install_project() {
   if [ ! -x "$environment/bin/python" ]; then
     local base
     base=$(find_python)
-    need_disk 4
+    need_disk 8  # torch comes with its CUDA libraries where the index has no CPU build
     "$base" -m venv "$environment"
   fi
   python=$environment/bin/python
