@@ -1,0 +1,44 @@
+"""Tiny networks and a small corpus, made once for all tests and all workers. Both are read only."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all processes of this test session."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@contextmanager
+def _alone(folder: Path, name: str) -> Iterator[Path]:
+    """One worker makes it, the others wait and find it made."""
+    with FileLock(folder / f"{name}.lock"):
+        yield folder / name
+
+
+@pytest.fixture(scope="session")
+def tiny_models(shared_folder: Path) -> Path:
+    """prior/ and decoder/: random tiny pipelines with CLIP's real tokenizer."""
+    from kandinsky_dist.models.init import initialise
+
+    with _alone(shared_folder, "tiny_models") as out:
+        initialise("tiny", out)
+        return out
+
+
+@pytest.fixture(scope="session")
+def small_corpus(shared_folder: Path) -> Path:
+    """train/ with 96 samples in 3 shards, validation/ with 32 in 2; their keys are all different."""
+    from helpers.pictures import write_corpus
+
+    with _alone(shared_folder, "small_corpus") as out:
+        write_corpus(out / "train", 0, 96, samples_per_shard=32, prefix="train")
+        write_corpus(out / "validation", 96, 32, samples_per_shard=16, prefix="validation")
+        return out
