@@ -41,6 +41,7 @@ done
 
 say "6/7  Exporting diffusers pipelines -> work/export"
 for stage in prior decoder; do
+  rm -rf "work/export/$stage"  # export keeps what it finds; a run that went on since deserves its newest weights
   kandinsky export "work/runs/$stage" "work/export/$stage"
 done
 
