@@ -58,7 +58,7 @@ def load(stage: Stage, source: str | None, layers: Sequence[Layer]) -> Resolved:
     Raises:
         ConfigError: unknown key or recipe, a value of the wrong type, a file of another stage.
     """
-    file_layers = [_read(stage, source)] if source else []
+    file_layers = [] if source is None else [_read(stage, source)]
     values: dict[str, Any] = {key: item.default for key, item in KEYS.items()}
     origins = dict.fromkeys(KEYS, DEFAULT_ORIGIN)
     for layer in (*file_layers, *layers):
@@ -110,17 +110,21 @@ def _read(stage: Stage, source: str) -> Layer:
     elif path.suffix in (".yaml", ".yml"):
         origin = source
         try:
-            text = path.read_text()
+            text = path.read_text("utf-8-sig")
         except OSError as error:
             raise ConfigError(f"--config {source}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"--config {source}: not UTF-8 text ({error.reason} at byte {error.start})"
+            ) from error
     else:
         raise ConfigError(
             f"--config {source}: neither a .yaml file nor a recipe{_did_you_mean(source, recipe_names())}; "
             f"recipes: {', '.join(recipe_names())}"
         )
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        tree = yaml.load(text, _Loader) or {}
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"--config {source}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"--config {source}: must be sections of keys, is a {type(tree).__name__}")
@@ -131,10 +135,26 @@ def _read(stage: Stage, source: str) -> Layer:
     for section, keys in tree.items():
         if section not in SECTIONS:
             raise ConfigError(f"unknown section {section} ({origin}){_did_you_mean(str(section), SECTIONS)}")
+        if keys is None:
+            continue  # all of its keys are commented out
         if not isinstance(keys, dict):
             raise ConfigError(f"section {section} ({origin}) must hold keys, holds {keys!r}")
         values.update({f"{section}.{name}": value for name, value in keys.items()})
     return Layer(origin, values)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error: one of the two would be silently ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _kind_of(key: str) -> Any:
