@@ -1,6 +1,7 @@
 """Rules that span several settings, checked before anything is started. Never imports torch."""
 
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,17 +10,33 @@ from kandinsky_dist.config.schema import KEYS, Config
 from kandinsky_dist.errors import ConfigError
 
 _POSITIVE = (
-    "run.max_steps data.global_batch_size data.micro_batch_size data.resolution optim.learning_rate "
-    "parallel.bucket_mib checkpoint.every_steps telemetry.log_every_steps validation.num_samples model.lora_rank"
-).split()
+    "run.max_steps",
+    "data.global_batch_size",
+    "data.micro_batch_size",
+    "data.resolution",
+    "optim.learning_rate",
+    "optim.adam_epsilon",
+    "parallel.bucket_mib",
+    "checkpoint.every_steps",
+    "telemetry.log_every_steps",
+    "validation.num_samples",
+    "model.lora_rank",
+)
 _NOT_NEGATIVE = (
-    "run.seed data.num_workers optim.lr_warmup_steps optim.weight_decay optim.max_grad_norm validation.every_steps"
-).split()
-_SHARES = "data.caption_dropout data.image_embedding_dropout optim.adam_beta1 optim.adam_beta2".split()
+    "run.seed",
+    "data.num_workers",
+    "optim.lr_warmup_steps",
+    "optim.weight_decay",
+    "optim.max_grad_norm",
+    "validation.every_steps",
+)
+_SHARES = ("data.caption_dropout", "data.image_embedding_dropout", "optim.adam_beta1", "optim.adam_beta2")
 
 
 def check(resolved: Resolved, *, world_size: int) -> None:
     """Raises the first broken rule as a ConfigError that names key, value and remedy."""
+    if world_size < 1:
+        raise ConfigError(f"--world-size={world_size} must be above 0")
     for problem in problems(resolved, world_size=world_size):
         raise ConfigError(problem)
 
@@ -45,11 +62,17 @@ def run_dir(config: Config) -> Path:
 
 
 def _ranges(config: Config) -> Iterator[str]:
-    rules: tuple[tuple[list[str], Callable[[float], bool], str], ...] = (
+    for key in KEYS:
+        value = config.get(key)
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key}={value} must be a finite number"
+        if isinstance(value, str) and not value.strip():
+            yield f"{key}={value} must not be empty"
+    rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
         (_POSITIVE, lambda value: value > 0, "above 0"),
         (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
         (_SHARES, lambda value: 0 <= value < 1, "in [0, 1)"),
-        (["checkpoint.keep"], lambda value: value >= 2, "2 or more: the newest may be damaged"),
+        (("checkpoint.keep",), lambda value: value >= 2, "2 or more: the newest may be damaged"),
     )
     for keys, holds, rule in rules:
         for key in keys:
@@ -112,7 +135,11 @@ def _combinations(resolved: Resolved) -> Iterator[str]:
 
 def _packages(config: Config) -> Iterator[str]:
     needs = [
-        (config.parallel.strategy.startswith("zero"), "deepspeed", f"parallel.strategy={config.parallel.strategy}"),
+        (
+            config.parallel.strategy.startswith("zero"),
+            "deepspeed",
+            f"parallel.strategy={config.parallel.strategy}",
+        ),
         (config.parallel.attention == "xformers", "xformers", "parallel.attention=xformers"),
         (config.model.variant == "lora", "peft", "model.variant=lora"),
     ]
