@@ -3,47 +3,78 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kandinsky_dist import __version__
 from kandinsky_dist.config import launch_env, loader, resolve
 from kandinsky_dist.config.ranks import read_ranks
 from kandinsky_dist.config.schema import SECTIONS, STAGES
-from kandinsky_dist.errors import KandinskyError
+from kandinsky_dist.errors import ConfigError, explained
+from kandinsky_dist.runtime.logs import say_failure
 
 SIZES = ("tiny", "small", "full")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong arguments are a ConfigError like any other; subcommands inherit the class."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+class _FailedError(Exception):
+    """A failure that has been said."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 75 stopped, 78 configuration, 65 data, 1 else."""
-    arguments, settings = _parser().parse_known_args(argv)
-    if settings and not arguments.takes_settings:
-        _parser().error(f"unrecognized arguments: {' '.join(settings)}")
-    arguments.settings = settings
     try:
-        arguments.run(arguments)
-    except KandinskyError as error:
-        print(f"{_rank_prefix()}{error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except OSError as error:
-        if error.errno is None or not error.filename:
-            raise
-        print(f"{_rank_prefix()}{error.filename}: {error.strerror}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+        with _failures_said():
+            arguments, settings = _parser().parse_known_args(argv)
+            if settings and not arguments.takes_settings:
+                _parser().error(f"unrecognized arguments: {' '.join(settings)}")
+            arguments.settings = settings
+            arguments.run(arguments)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # while a full disk or a closed pipe can still be told
+    except _FailedError as failed:
+        _give_up_output()
+        return failed.exit_code
     return 0
 
 
-def _rank_prefix() -> str:
-    rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f"[rank {rank}] "
+@contextmanager
+def _failures_said() -> Iterator[None]:
+    """Prints the line of an error that has one, and raises _FailedError instead."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        found = None if isinstance(error, _FailedError) else explained(error)
+        if found is None:
+            raise
+        line, exit_code = found
+        say_failure(line)
+        raise _FailedError(exit_code) from error
+
+
+def _give_up_output() -> None:
+    """Drops what stdout cannot take, which the interpreter would try once more and complain about."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        with open(os.devnull, "w") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="kandinsky-dist", description="Distributed training of the Kandinsky 2.2 prior and decoder."
     )
     parser.add_argument("--version", action="version", version=__version__)
@@ -75,7 +106,7 @@ def settings_help() -> str:
     """Every configuration key with its default and meaning."""
     lines = ["settings (--section.key value, or the same keys in a YAML file):"]
     for section, cls in SECTIONS.items():
-        for item in cls.__dataclass_fields__.values():  # type: ignore[union-attr]
+        for item in cls.__dataclass_fields__.values():
             default = "null" if item.default is None else str(item.default)
             only = f" [{item.metadata['stage']} only]" if item.metadata["stage"] else ""
             lines.append(f"  {section}.{item.name} ({default}): {item.metadata['doc']}{only}")
@@ -94,7 +125,9 @@ def _add_configured(commands: Any, name: str, run: Any, summary: str) -> argpars
     )
     parser.set_defaults(takes_settings=True)
     parser.add_argument("stage", choices=STAGES, help="which of the two networks is trained")
-    parser.add_argument("--config", metavar="NAME_OR_FILE", help="recipe name or YAML file (default: defaults only)")
+    parser.add_argument(
+        "--config", metavar="NAME_OR_FILE", help="recipe name or YAML file (default: defaults only)"
+    )
     return parser
 
 
@@ -110,7 +143,8 @@ def _add_train(commands: Any) -> None:
         from kandinsky_dist.runtime.process import joined
         from kandinsky_dist.train.trainer import Trainer
 
-        with joined() as process:
+        # Said before the group is left: that may have to wait for ranks that wait for this one.
+        with joined() as process, _failures_said():
             Trainer(resolved, process).run()
 
     _add_configured(commands, "train", run, "Trains a stage; the same command again continues it.")
@@ -123,9 +157,14 @@ def _add_check(commands: Any) -> None:
         print(resolved.to_yaml(), end="")
 
     parser = _add_configured(
-        commands, "check", run, "Validates a configuration, without torch, and prints it with the origin of each value."
+        commands,
+        "check",
+        run,
+        "Validates a configuration, without torch, and prints it with the origin of each value.",
     )
-    parser.add_argument("--world-size", type=int, default=1, help="ranks the batch is divided over (default: 1)")
+    parser.add_argument(
+        "--world-size", type=int, default=1, help="ranks the batch is divided over (default: 1)"
+    )
 
 
 def _add_data(commands: Any) -> None:
@@ -136,7 +175,9 @@ def _add_data(commands: Any) -> None:
 
         build_demo(arguments.out, image_size=arguments.image_size, max_samples=arguments.max_samples)
 
-    parser = _command(group, "demo", demo, "Builds the demo corpus: OUT/train and OUT/validation (needs npm).")
+    parser = _command(
+        group, "demo", demo, "Builds the demo corpus: OUT/train and OUT/validation (needs npm)."
+    )
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--image-size", type=int, default=128, help="side of the pictures, pixels")
     parser.add_argument("--max-samples", type=int, help="an even subset of so many samples")
@@ -152,8 +193,12 @@ def _add_data(commands: Any) -> None:
             caption_column=arguments.caption_column,
         )
 
-    parser = _command(group, "pack", pack, "Packs a folder of images and captions into tar shards with a manifest.")
-    parser.add_argument("source", type=Path, help="folder with metadata.jsonl or .csv, or with sidecar .txt captions")
+    parser = _command(
+        group, "pack", pack, "Packs a folder of images and captions into tar shards with a manifest."
+    )
+    parser.add_argument(
+        "source", type=Path, help="folder with metadata.jsonl or .csv, or with sidecar .txt captions"
+    )
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples a tar")
     parser.add_argument("--image-column", help="metadata's column of image paths (None: file_name or image)")
@@ -163,9 +208,14 @@ def _add_data(commands: Any) -> None:
         from kandinsky_dist.data.index import index_shards
 
         manifest = index_shards(arguments.shards, num_processes=arguments.num_processes)
-        print(f"{manifest.num_samples:,} samples in {len(manifest.shards):,} shards, fingerprint {manifest.fingerprint[:16]}")
+        print(
+            f"{manifest.num_samples:,} samples in {len(manifest.shards):,} shards, "
+            f"fingerprint {manifest.fingerprint[:16]}"
+        )
 
-    parser = _command(group, "index", index, "Writes the manifest of existing shards; started again it continues.")
+    parser = _command(
+        group, "index", index, "Writes the manifest of existing shards; started again it continues."
+    )
     parser.add_argument("shards", help="folder, glob, brace pattern or list file (.txt)")
     parser.add_argument("--num-processes", type=int, default=os.cpu_count() or 1, help="readers side by side")
 
@@ -181,16 +231,23 @@ def _add_models(commands: Any) -> None:
             from kandinsky_dist.data.sampling import first_pictures
 
             images = first_pictures(arguments.clip_statistics, num_samples=512, side=224, batch_size=64)
-        initialise(arguments.size, arguments.out, seed=arguments.seed, tokenizer=arguments.tokenizer, images=images)
+        initialise(
+            arguments.size, arguments.out, seed=arguments.seed, tokenizer=arguments.tokenizer, images=images
+        )
 
     parser = _command(
-        group, "init", init, "Writes random weights as diffusers pipelines OUT/prior and OUT/decoder, real CLIP tokenizer."
+        group,
+        "init",
+        init,
+        "Writes random weights as diffusers pipelines OUT/prior and OUT/decoder, real CLIP tokenizer.",
     )
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--size", choices=SIZES, default="tiny", help="full: 1.03 B prior, 1.25 B decoder")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     parser.add_argument("--tokenizer", help="folder or hub name to copy the tokenizer from (default: by pip)")
-    parser.add_argument("--clip-statistics", metavar="SHARDS", help="measure clip_mean and clip_std on these shards")
+    parser.add_argument(
+        "--clip-statistics", metavar="SHARDS", help="measure clip_mean and clip_std on these shards"
+    )
 
 
 def _add_export(commands: Any) -> None:
@@ -199,7 +256,9 @@ def _add_export(commands: Any) -> None:
 
         export(arguments.checkpoint, arguments.out)
 
-    parser = _command(commands, "export", run, "Writes a run's newest whole checkpoint as a diffusers pipeline folder.")
+    parser = _command(
+        commands, "export", run, "Writes a run's newest whole checkpoint as a diffusers pipeline folder."
+    )
     parser.add_argument("checkpoint", metavar="RUN", type=Path, help="run folder, or one checkpoint folder")
     parser.add_argument("out", type=Path, help="folder to make")
 
@@ -231,7 +290,9 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--size", type=int, default=512, help="side, pixels")
     parser.add_argument("--num-prior-steps", type=int, default=25, help="denoising steps of the prior")
     parser.add_argument("--num-decoder-steps", type=int, default=50, help="denoising steps of the decoder")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, help="classifier-free guidance; 1 is none")
+    parser.add_argument(
+        "--guidance-scale", type=float, default=4.0, help="classifier-free guidance; 1 is none"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--device", default=None, help="cpu or cuda (default: a GPU where there is one)")
 
@@ -268,10 +329,12 @@ def _add_bench(commands: Any) -> None:
         run(arguments.models, arguments.out, stage=arguments.stage, world_size=arguments.world_size)
 
     parser = _command(
-        group, "memory", memory, "Bytes of model states a rank under each strategy, beside the textbook's formulas."
+        group,
+        "memory",
+        memory,
+        "Bytes of model states a rank under each strategy, beside the textbook's formulas.",
     )
     parser.add_argument("models", type=Path, help="folder of `models init --size small`")
     parser.add_argument("out", type=Path, help="folder for memory.json and memory.md")
     parser.add_argument("--stage", choices=STAGES, default="prior", help="which network")
     parser.add_argument("--world-size", type=int, default=2, help="processes")
-
