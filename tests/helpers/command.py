@@ -45,6 +45,16 @@ def train(
         strategy: parallel.strategy.
         timeout: seconds after which all processes are ended and TimeoutExpired is raised.
     """
+    arguments = train_arguments(
+        stage, *settings, models=models, corpus=corpus, run_dir=run_dir, strategy=strategy
+    )
+    return command(*arguments, world_size=world_size, timeout=timeout)
+
+
+def train_arguments(
+    stage: str, *settings: str, models: Path, corpus: Path, run_dir: Path, strategy: str
+) -> list[str]:
+    """What follows `kandinsky-dist` on the command line of `train`."""
     values: dict[str, Any] = {
         **DEFAULTS,
         **STAGE_DEFAULTS[stage],
@@ -56,8 +66,7 @@ def train(
         "parallel.strategy": strategy,
         **dict(setting.split("=", 1) for setting in settings),
     }
-    arguments = ["train", stage, *(f"--{key}={value}" for key, value in values.items())]
-    return command(*arguments, world_size=world_size, timeout=timeout)
+    return ["train", stage, *(f"--{key}={value}" for key, value in values.items())]
 
 
 def command(

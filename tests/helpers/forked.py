@@ -1,0 +1,116 @@
+"""The trainer as a user starts it, without paying for its imports each time.
+
+`multiprocessing`'s fork server imports the libraries once and forks every rank from there; a rank then runs
+the command line's own `main` with the environment that torchrun would give it. Real processes, real gloo.
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from subprocess import CompletedProcess, TimeoutExpired
+
+from torch.distributed import TCPStore
+
+from helpers.command import train_arguments
+
+# Imported by any run. In Python 3.11 the server does not see this folder, so these are installed modules.
+PRELOADED = [
+    "kandinsky_dist.train.trainer",
+    "diffusers.schedulers.scheduling_ddpm",
+    "diffusers.models.autoencoders.vq_model",
+    "diffusers.models.transformers.prior_transformer",
+    "diffusers.models.unets.unet_2d_condition",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.clip.tokenization_clip",
+]
+# One thread a process: OpenMP reads this when torch is imported, in the fork server.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def train(
+    stage: str,
+    *settings: str,
+    models: Path,
+    corpus: Path,
+    run_dir: Path,
+    world_size: int = 1,
+    strategy: str = "ddp",
+    timeout: float = 120,
+) -> CompletedProcess[str]:
+    """`helpers.command.train` for tests that start many runs; the same arguments, files and exit code.
+
+    With several ranks the exit code is the highest of theirs, and stderr that of one after another.
+    """
+    arguments = train_arguments(
+        stage, *settings, models=models, corpus=corpus, run_dir=run_dir, strategy=strategy
+    )
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        # A port of the system's choice, held from here on, as torchrun's own store is.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world_size > 1 else None
+        ranks = [_start(arguments, folder, rank, world_size, store) for rank in range(world_size)]
+        deadline = time.monotonic() + timeout
+        try:
+            for process in ranks:
+                process.join(max(0.0, deadline - time.monotonic()))
+            is_late = any(process.is_alive() for process in ranks)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+        out, error = (
+            "".join((folder / f"{name}_{rank}").read_text() for rank in range(world_size))
+            for name in ("out", "err")
+        )
+        if is_late:
+            raise TimeoutExpired(arguments, timeout, out, error)
+    codes = [process.exitcode or 0 for process in ranks]
+    return CompletedProcess(arguments, max(codes, key=abs), out, error)
+
+
+def _start(
+    arguments: list[str], folder: Path, rank: int, world_size: int, store: TCPStore | None
+) -> BaseProcess:
+    environment = {}
+    if store is not None:
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)  # the server is started with the first process and keeps what it finds
+    try:
+        process = context.Process(target=_rank, args=(arguments, environment, folder, rank))
+        process.start()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return process
+
+
+def _rank(arguments: list[str], environment: dict[str, str], folder: Path, rank: int) -> None:
+    """One rank, in its own process."""
+    os.environ.update(environment)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        file = os.open(folder / f"{name}_{rank}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, descriptor)
+    from kandinsky_dist.cli import main
+
+    sys.exit(main(arguments))
+
+    sys.exit(main(arguments))

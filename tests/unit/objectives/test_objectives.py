@@ -1,0 +1,80 @@
+"""Both objectives over real tiny networks, with a model that remembers what it was given."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.objective import Recorder, configuration, loader_of, objective_of
+
+from kandinsky_dist.objectives.base import Prepared, roll_conditions
+
+
+@pytest.fixture(scope="module", params=["prior", "decoder"])
+def stage(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def objective(stage, tiny_models, small_corpus):
+    settings = ["objective.snr_gamma=5"]
+    settings += ["data.image_embedding_dropout=0.5"] if stage == "decoder" else ["data.caption_dropout=0.5"]
+    return objective_of(configuration(stage, *settings, models=tiny_models, corpus=small_corpus))
+
+
+@pytest.fixture(scope="module")
+def batch(stage, tiny_models, small_corpus):
+    loader = loader_of(configuration(stage, models=tiny_models, corpus=small_corpus))
+    return loader.dataset.__getitems__([3, 40, 5, 77])
+
+
+def test_what_is_diffused_is_fp32_and_of_the_published_scale(stage, objective, batch):
+    prepared = objective.prepare(batch)
+    assert prepared.clean.dtype == torch.float32
+    assert not prepared.clean.requires_grad
+    if stage == "prior":
+        embeds_BD = objective.image_encoder(objective.normalisation(batch.clip_pixels_BCHW)).image_embeds
+        torch.testing.assert_close(prepared.clean * objective.clip_std_D + objective.clip_mean_D, embeds_BD)
+    else:
+        pixels = batch.pixels_BCHW / 127.5 - 1
+        unquantised = objective.movq.quant_conv(objective.movq.encoder(pixels))
+        torch.testing.assert_close(prepared.clean, unquantised)
+
+
+def test_a_samples_loss_does_not_depend_on_its_company(objective, batch):
+    together_B = objective.losses(Recorder(), objective.prepare(batch))
+    for row in range(4):
+        alone = objective.prepare(
+            replace(batch._map(lambda tensor, row=row: tensor[row : row + 1]), keys=[""])
+        )
+        torch.testing.assert_close(objective.losses(Recorder(), alone), together_B[row : row + 1])
+
+
+def test_validation_has_neither_weights_nor_dropout(stage, objective, batch):
+    prepared = objective.prepare(batch)
+    recorder = Recorder()
+    figures = objective.evaluate(recorder, prepared)
+    right, wrong = recorder.calls
+    assert torch.equal(right.noised, wrong.noised)
+    assert torch.equal(right.timesteps_B, wrong.timesteps_B)
+    key = "proj_embedding" if stage == "prior" else "image_embeds"
+    given = [
+        call.conditions if stage == "prior" else call.conditions["added_cond_kwargs"]
+        for call in (right, wrong)
+    ]
+    assert torch.equal(given[0][key], prepared.conditions[key])
+    assert torch.equal(given[1][key], prepared.conditions[key].roll(1, 0))
+    unweighted = replace(objective, snr_gamma=None)
+    torch.testing.assert_close(figures["loss"], unweighted.losses(Recorder(), prepared))
+    if stage == "prior":
+        torch.testing.assert_close(figures["loss_mean_embedding"], figures["loss"])  # the recorder says 0
+
+
+def test_rolled_conditions_leave_the_samples_alone():
+    prepared = Prepared(
+        torch.arange(3), torch.randn(3, 2), {"a": torch.arange(3), "b": torch.arange(6).view(3, 2)}
+    )
+    rolled = roll_conditions(prepared)
+    assert torch.equal(rolled.clean, prepared.clean)
+    assert torch.equal(rolled.positions_B, prepared.positions_B)
+    assert rolled.conditions["a"].tolist() == [2, 0, 1]
+    assert rolled.conditions["b"].tolist() == [[4, 5], [0, 1], [2, 3]]
