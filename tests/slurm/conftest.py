@@ -8,7 +8,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import ground as tiny
 from cluster import Cluster, why_unavailable
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -32,11 +31,3 @@ def cluster(slurm_available: None) -> Iterator[Cluster]:
 def repository() -> Path:
     """The checkout, which jobs are submitted from."""
     return REPOSITORY
-
-
-@pytest.fixture(scope="session")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny models and shards."""
-    folder = tmp_path_factory.mktemp("ground")
-    tiny.lay(folder)
-    return folder

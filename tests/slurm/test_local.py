@@ -4,16 +4,23 @@ import subprocess
 import sys
 
 import pytest
-from ground import arguments, losses
+from helpers.command import metrics, train_arguments
 
 pytestmark = pytest.mark.integration
 
 
-def test_ctrl_c_saves_and_ends_with_75_on_one_machine(repository, ground, tmp_path):
+def test_ctrl_c_saves_and_ends_with_75_on_one_machine(repository, tiny_models, small_corpus, tmp_path):
     num_steps = 200
-    command = [str(repository / "launch" / "local.sh"), "train", "prior", "--config", "prior_tiny"]
+    words = train_arguments(
+        "prior",
+        f"run.max_steps={num_steps}",
+        models=tiny_models,
+        corpus=small_corpus,
+        run_dir=tmp_path / "run",
+        strategy="ddp",
+    )
     run = subprocess.Popen(
-        [*command, *arguments(ground, tmp_path / "run", num_steps)],
+        [str(repository / "launch" / "local.sh"), *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -30,5 +37,5 @@ def test_ctrl_c_saves_and_ends_with_75_on_one_machine(repository, ground, tmp_pa
     printed += run.stdout.read()
     run.stdout.close()
     assert run.wait() == 75, printed
-    assert 1 <= max(losses(tmp_path / "run")) < num_steps
+    assert 1 <= len(metrics(tmp_path / "run")) < num_steps
     assert list((tmp_path / "run" / "checkpoints").glob("step_*/COMMIT")), printed
