@@ -14,9 +14,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 
-from torch.distributed import TCPStore
-
 from helpers.command import train_arguments
+from torch.distributed import TCPStore
 
 # Imported by any run. In Python 3.11 the server does not see this folder, so these are installed modules.
 PRELOADED = [

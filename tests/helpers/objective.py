@@ -5,9 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from helpers.command import train_arguments
 from torch import Tensor, nn
 
-from helpers.command import train_arguments
 from kandinsky_dist.config.loader import command_line_layer, load
 from kandinsky_dist.config.schema import Config
 from kandinsky_dist.data.loader import Loader
