@@ -140,12 +140,15 @@ def _add_train(commands: Any) -> None:
     def run(arguments: argparse.Namespace) -> None:
         resolved = _resolved(arguments)
         resolve.check(resolved, world_size=read_ranks(os.environ).world_size)
-        from kandinsky_dist.runtime.process import joined
-        from kandinsky_dist.train.trainer import Trainer
+        from kandinsky_dist.faults.preempt import StopRequest
 
-        # Said before the group is left: that may have to wait for ranks that wait for this one.
-        with joined() as process, _failures_said():
-            Trainer(resolved, process).run()
+        with StopRequest().listening() as stop:
+            from kandinsky_dist.runtime.process import joined
+            from kandinsky_dist.train.trainer import Trainer
+
+            # Said before the group is left: that may have to wait for ranks that wait for this one.
+            with joined() as process, _failures_said():
+                Trainer(resolved, process, stop).run()
 
     _add_configured(commands, "train", run, "Trains a stage; the same command again continues it.")
 

@@ -60,7 +60,9 @@ def _checkpoint_folder(run: Path) -> Path:
         return run
     folder = newest_whole(run / "checkpoints").folder
     if folder is None:
-        raise CheckpointError(f"{run} has no whole checkpoint yet: train until checkpoint.every_steps or to the end")
+        raise CheckpointError(
+            f"{run} has no whole checkpoint yet: train until checkpoint.every_steps or to the end"
+        )
     return folder
 
 
@@ -69,11 +71,16 @@ def _full_weights(source: ModelSource, reader: CheckpointReader) -> dict[str, Te
     weights = dict(source.state_dict())
     for name, numel in reader.numels.items():
         if name not in weights or weights[name].numel() != numel:
-            raise CheckpointError(f"the checkpoint's {name} ({numel} values) is not a weight of {source.path}")
+            raise CheckpointError(
+                f"the checkpoint's {name} ({numel} values) is not a weight of {source.path}"
+            )
         weights[name] = reader.read(name, "master", 0, numel).view(weights[name].shape)
     return weights
 
 
 def _adapters(source: ModelSource, reader: CheckpointReader, config: dict[str, Any]) -> dict[str, Tensor]:
     shapes = adapter_shapes(source, config["model"]["lora_rank"])
-    return {name: reader.read(name, "master", 0, numel).view(shapes[name]) for name, numel in reader.numels.items()}
+    return {
+        name: reader.read(name, "master", 0, numel).view(shapes[name])
+        for name, numel in reader.numels.items()
+    }

@@ -68,7 +68,9 @@ def folder_name(step: int) -> str:
 def write_fragments(path: Path, fragments: Sequence[Fragment]) -> None:
     """Writes one rank's fragments, durable on return."""
     tensors = {
-        f"{fragment.name}@{fragment.start}/{kind}": getattr(fragment, kind).to("cpu", torch.float32).contiguous()
+        f"{fragment.name}@{fragment.start}/{kind}": getattr(fragment, kind)
+        .to("cpu", torch.float32)
+        .contiguous()
         for fragment in fragments
         for kind in FRAGMENT_KINDS
     }
@@ -109,7 +111,10 @@ def sync(path: Path) -> None:
 def checksum(path: Path) -> dict[str, Any]:
     """Size in bytes and sha256 of a file."""
     with open(path, "rb") as file:
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "bytes": os.fstat(file.fileno()).st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def damage(folder: Path) -> str | None:
@@ -136,7 +141,7 @@ class CheckpointReader:
     """Fragments of a checkpoint by parameter name and range, whoever wrote them at whatever world size."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self.numels: dict[str, int] = {}
         pieces: defaultdict[str, list[tuple[int, Path]]] = defaultdict(list)
         for path in sorted(folder.glob("rank_*.safetensors")):
@@ -156,7 +161,7 @@ class CheckpointReader:
     @cached_property
     def state(self) -> SavedState:
         """The checkpoint's state.json."""
-        return read_state(self._folder)
+        return read_state(self.folder)
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Values [start, stop) of the flattened parameter, 1-D fp32 on the CPU.
@@ -166,7 +171,9 @@ class CheckpointReader:
         """
         pieces = self._pieces.get(name)
         if pieces is None:
-            raise CheckpointError(f"{self._folder} holds no parameter {name}: it is a checkpoint of another model")
+            raise CheckpointError(
+                f"{self.folder} holds no parameter {name}: it is a checkpoint of another model"
+            )
         parts, position = [], start
         index = bisect_right([piece[0] for piece in pieces], start) - 1
         while position < stop and 0 <= index < len(pieces):
@@ -179,7 +186,7 @@ class CheckpointReader:
             position = min(stop, piece_stop)
             index += 1
         if position < stop:
-            raise CheckpointError(f"{self._folder} ends at value {position} of {name}, {stop} are needed")
+            raise CheckpointError(f"{self.folder} ends at value {position} of {name}, {stop} are needed")
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def _open(self, path: Path) -> Any:

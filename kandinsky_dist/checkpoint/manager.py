@@ -52,7 +52,8 @@ def newest_whole(folder: Path) -> Found:
     Raises:
         CheckpointError: none is whole although one had been finished: starting anew would hide the loss.
     """
-    passed_over, was_finished = [], False
+    passed_over: list[str] = []
+    was_finished = False
     for path in checkpoints_of(folder):
         reason = damage(path)
         if reason is None:
@@ -106,18 +107,22 @@ class CheckpointManager:
         try:
             mine = self._attempt(write)
             files = dict(agree.gather((name, mine)))
-            self._attempt((lambda: self._finish(temporary, final, files, state)) if self._process.is_first else None)
+            self._attempt(
+                (lambda: self._finish(temporary, final, files, state)) if self._process.is_first else None
+            )
         except CheckpointError:
             if self._process.is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
+                if not (final / COMMIT).exists():  # renamed, but no room for the last file
+                    shutil.rmtree(final, ignore_errors=True)
             raise
         return final
 
-    def restore(self, strategy: Strategy, resume: str, allow_change: tuple[str, ...]) -> RunState:
-        """Loads the checkpoint that `run.resume` asks for. Collective: call on every rank.
+    def find(self, resume: str, allow_change: tuple[str, ...]) -> CheckpointReader | None:
+        """The checkpoint that `run.resume` asks for, or None where there is nothing to resume.
 
-        Returns:
-            Where the run continues; a fresh state where there is nothing to resume.
+        Reads only: what it refuses is refused before anything is written or built. Collective: call on every
+        rank.
 
         Raises:
             CheckpointError: `resume` names no whole checkpoint.
@@ -127,11 +132,31 @@ class CheckpointManager:
         for line in chosen.passed_over:
             say(f"passed over {line}", self._process)
         if chosen.folder is None:
-            return RunState()
+            return None
         reader = CheckpointReader(chosen.folder)
         self._check_identity(chosen.folder, reader.state.identity, allow_change)
+        return reader
+
+    def restore(self, strategy: Strategy, reader: CheckpointReader | None) -> RunState:
+        """Loads what `find` has found. Collective: call on every rank.
+
+        Returns:
+            Where the run continues; a fresh state where there is nothing to resume.
+
+        Raises:
+            CheckpointError: the checkpoint is of another model.
+        """
+        if reader is None:
+            return RunState()
+        for fragment in strategy.fragments():  # a larger parameter would be read in part
+            found = reader.numels.get(fragment.name)
+            if found not in (None, fragment.numel):
+                raise CheckpointError(
+                    f"{reader.folder} has {found} values of {fragment.name}, the model {fragment.numel}: it is a "
+                    "checkpoint of another model"
+                )
         strategy.load_fragments(reader, num_steps=reader.state.run.step)
-        say(f"resumed {chosen.folder} at sample {reader.state.run.samples_consumed:,}", self._process)
+        say(f"resumed {reader.folder} at sample {reader.state.run.samples_consumed:,}", self._process)
         return reader.state.run
 
     def _choose(self, resume: str) -> Found:
@@ -158,10 +183,10 @@ class CheckpointManager:
     def _check_identity(self, folder: Path, saved: Mapping[str, Any], allow_change: tuple[str, ...]) -> None:
         for key, value in self._identity.items():
             if key in saved and saved[key] != value and key not in allow_change:
-                raise ConfigError(
-                    f"{key} is {value}, but {folder} was trained with {saved[key]}: use another run.dir, "
-                    f"or allow it with --run.allow_change {key}"
-                )
+                remedy = "use another run.dir"
+                if "." in key:  # the stage is no setting, and nothing of one fits into the other
+                    remedy += f", or allow it with --run.allow_change {key}"
+                raise ConfigError(f"{key} is {value}, but {folder} was trained with {saved[key]}: {remedy}")
 
     def _finish(self, temporary: Path, final: Path, files: dict[str, Any], state: RunState) -> None:
         write_state(temporary / STATE, SavedState(state, self._identity, _versions()))

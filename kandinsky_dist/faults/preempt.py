@@ -1,32 +1,33 @@
-"""Stop requests: a signal to any one rank is heard by all, at the same step."""
+"""Stop requests: a signal is remembered, and acted on between two steps."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from kandinsky_dist.runtime.agree import LaggedFlag
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Remembers that this process was asked to stop; ranks agree on it once a step."""
+    """Whether this process was asked to stop. Ranks agree on it by `runtime.agree.LaggedFlag`."""
 
     def __init__(self) -> None:
-        self._signal: signal.Signals | None = None
-        self._flag = LaggedFlag()
+        self._signal: int | None = None
 
-    def is_agreed(self) -> bool:
-        """Whether any rank had been asked to stop by its previous step. Collective: every step."""
-        return self._flag.poll(self._signal is not None)
+    @property
+    def is_made(self) -> bool:
+        """Whether a stop signal has come."""
+        return self._signal is not None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Catches the stop signals for the length of the context."""
+    def listening(self) -> Iterator["StopRequest"]:
+        """Catches the stop signals for the length of the context.
+
+        To be entered before the slow imports: a signal that comes while the run starts must not kill it.
+        """
         before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         try:
-            yield
+            yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -34,4 +35,4 @@ class StopRequest:
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice at a keyboard: now
-        self._signal = signal.Signals(number)
+        self._signal = number

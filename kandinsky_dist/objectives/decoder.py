@@ -58,7 +58,9 @@ class DecoderObjective:
         """fp32 (B,): squared error of the predicted noise; the model's variance channels are not trained."""
         positions_B = prepared.positions_B
         embeds_BD = prepared.conditions["image_embeds"]
-        is_dropped_B = rng.uniform(self.seed, Stream.IMAGE_DROPOUT, positions_B) < self.image_embedding_dropout
+        is_dropped_B = (
+            rng.uniform(self.seed, Stream.IMAGE_DROPOUT, positions_B) < self.image_embedding_dropout
+        )
         embeds_BD = torch.where(is_dropped_B[:, None], self.zero_embedding_D, embeds_BD)
         timesteps_B = rng.integers(self.seed, Stream.TIMESTEP, positions_B, self.schedule.num_timesteps)
         noise_BCHW = rng.normal(self.seed, Stream.NOISE, positions_B, tuple(prepared.clean.shape[1:]))
@@ -69,7 +71,9 @@ class DecoderObjective:
             added_cond_kwargs={"image_embeds": embeds_BD},
         ).sample[:, : prepared.clean.shape[1]]
         target_BCHW = self.schedule.target(prepared.clean, noise_BCHW, timesteps_B)
-        return sample_losses(self.schedule, predicted_BCHW, target_BCHW, timesteps_B, snr_gamma=self.snr_gamma)
+        return sample_losses(
+            self.schedule, predicted_BCHW, target_BCHW, timesteps_B, snr_gamma=self.snr_gamma
+        )
 
     def evaluate(self, model: nn.Module, prepared: Prepared) -> dict[str, Tensor]:
         """The unweighted loss without dropout, with the right embeddings and with wrong ones."""

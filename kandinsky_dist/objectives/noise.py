@@ -78,7 +78,12 @@ class NoiseSchedule:
 
 
 def sample_losses(
-    schedule: NoiseSchedule, predicted: Tensor, target: Tensor, timesteps_B: Tensor, *, snr_gamma: float | None
+    schedule: NoiseSchedule,
+    predicted: Tensor,
+    target: Tensor,
+    timesteps_B: Tensor,
+    *,
+    snr_gamma: float | None,
 ) -> Tensor:
     """Mean squared error of each sample in fp32, weighted where `snr_gamma` is set.
 

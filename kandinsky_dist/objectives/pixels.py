@@ -22,6 +22,7 @@ class Normalisation:
     def __call__(self, pixels_BCHW: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) to `dtype` of the same shape."""
         mean, std = (
-            torch.tensor(values, device=pixels_BCHW.device).view(1, 3, 1, 1) for values in (self.mean, self.std)
+            torch.tensor(values, device=pixels_BCHW.device).view(1, 3, 1, 1)
+            for values in (self.mean, self.std)
         )
         return ((pixels_BCHW.to(torch.float32) / 255.0 - mean) / std).to(self.dtype)

@@ -66,9 +66,7 @@ class PriorObjective:
         timesteps_B = rng.integers(
             self.seed, Stream.TIMESTEP, prepared.positions_B, self.schedule.num_timesteps
         )
-        noise_BD = rng.normal(
-            self.seed, Stream.NOISE, prepared.positions_B, tuple(prepared.clean.shape[1:])
-        )
+        noise_BD = rng.normal(self.seed, Stream.NOISE, prepared.positions_B, tuple(prepared.clean.shape[1:]))
         predicted_BD = model(
             hidden_states=self.schedule.add_noise(prepared.clean, noise_BD, timesteps_B),
             timestep=timesteps_B,

@@ -46,7 +46,7 @@ def parameter_groups(
 def build_adamw(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW over the trainable parameters, with learning rate 0 until a step sets one."""
     return torch.optim.AdamW(
-        parameter_groups(named, config.weight_decay),  # type: ignore[arg-type]
+        parameter_groups(named, config.weight_decay),
         lr=0.0,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,

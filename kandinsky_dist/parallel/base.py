@@ -70,9 +70,11 @@ class ModelPlan:
 
 
 class Strategy(ABC):
-    """One engine. Call order: `prepare`, then for each step `num_micro` times (`accumulate`: forward,
-    `backward`), then `step`.
-    """  # noqa: D205
+    """One engine.
+
+    Call order: `prepare` once; then for each step `num_micro` times `accumulate` around forward and `backward`,
+    and `step`.
+    """
 
     def __init__(self, config: Config, process: Process, *, num_micro: int, precision: torch.dtype) -> None:
         self.config = config

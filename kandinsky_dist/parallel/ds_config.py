@@ -29,7 +29,11 @@ def complete(config: Config, *, world_size: int, num_micro: int, is_bf16: bool) 
     Raises:
         ConfigError: the file is no JSON, or sets one of those keys to something else.
     """
-    path = Path(config.parallel.ds_config) if config.parallel.ds_config else shipped_file(config.parallel.strategy)
+    path = (
+        Path(config.parallel.ds_config)
+        if config.parallel.ds_config
+        else shipped_file(config.parallel.strategy)
+    )
     try:
         settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -47,7 +51,9 @@ def complete(config: Config, *, world_size: int, num_micro: int, is_bf16: bool) 
     }
     for key in ("optimizer", "scheduler"):
         if key in settings:
-            raise ConfigError(f"parallel.ds_config={path} sets {key}, which optim.* owns: remove it from the file")
+            raise ConfigError(
+                f"parallel.ds_config={path} sets {key}, which optim.* owns: remove it from the file"
+            )
     for dotted, (value, owner) in owned.items():
         _merge(settings, dotted.split("."), value, f"parallel.ds_config={path}", owner)
     zero = settings["zero_optimization"]

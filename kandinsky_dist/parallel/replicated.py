@@ -37,7 +37,9 @@ def guard_and_clip(
     return StepOutcome(grad_norm=grad_norm, skipped=skipped)
 
 
-def whole_fragments(named: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer) -> list[Fragment]:
+def whole_fragments(
+    named: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
+) -> list[Fragment]:
     """Every trained parameter as one fragment: what a rank holds."""
     found = []
     for name, parameter in named:
@@ -54,6 +56,8 @@ def owned_share(held: Iterable[Fragment], *, rank: int, world_size: int) -> list
     for fragment in held:
         start, stop = (fragment.numel * edge // world_size for edge in (rank, rank + 1))
         if stop > start:
-            parts = (tensor[start:stop] for tensor in (fragment.master, fragment.exp_avg, fragment.exp_avg_sq))
+            parts = (
+                tensor[start:stop] for tensor in (fragment.master, fragment.exp_avg, fragment.exp_avg_sq)
+            )
             found.append(Fragment(fragment.name, start, fragment.numel, *parts))
     return found

@@ -101,7 +101,9 @@ class ZeroStrategy(Strategy):
         """Brings the weights that forward reads up to the masters. Collective."""
         raise NotImplementedError
 
-    def _fragment(self, name: str, start: int, stop: int, numel: int, master: Tensor, offset: int) -> Fragment:
+    def _fragment(
+        self, name: str, start: int, stop: int, numel: int, master: Tensor, offset: int
+    ) -> Fragment:
         """A piece of a parameter that lies at `offset` of a flat master tensor."""
         state = self._adamw.state[master]
         tensors = (master.detach(), state["exp_avg"], state["exp_avg_sq"])

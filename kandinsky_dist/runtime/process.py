@@ -47,7 +47,9 @@ def joined() -> Iterator[Process]:
             backend, rank=ranks.rank, world_size=ranks.world_size, timeout=STARTUP_TIMEOUT
         )
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=STARTUP_TIMEOUT)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=STARTUP_TIMEOUT
+        )
     # DeepSpeed reads these even where the group stands.
     os.environ.update(
         RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local_rank), WORLD_SIZE=str(ranks.world_size)

@@ -9,12 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-
-BACKWARD_RATIO = 2.0
-"""Backward over forward: each product has a gradient for its input and one for its weight."""
 
 
 def _attention_flops(query_shape: Any, key_shape: Any, value_shape: Any, *_: Any, **__: Any) -> int:
@@ -47,38 +43,3 @@ def count_forward_flops(function: Callable[[], Any]) -> float:
     with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.no_grad():
         function()
     return float(counter.get_total_flops())
-
-
-def frozen_flops_per_sample(
-    build_model: Callable[[], nn.Module], forward: Callable[[nn.Module], Any], batch_size: int
-) -> float:
-    """FLOPs a sample of a network that is only run forward, such as a frozen encoder.
-
-    Args:
-        build_model: makes the network; it is built without memory.
-        forward: makes a batch of `batch_size` samples and runs the network on it.
-        batch_size: samples in that batch.
-    """
-    return count_forward_flops(lambda: forward(build_model())) / batch_size
-
-
-def train_flops_per_sample(
-    build_model: Callable[[], nn.Module],
-    forward: Callable[[nn.Module], Any],
-    batch_size: int,
-    *,
-    backward_ratio: float = BACKWARD_RATIO,
-) -> float:
-    """FLOPs a sample of training a network: its forward, and its backward as `backward_ratio` forwards.
-
-    Recomputation (gradient checkpointing) is not counted: it is a way of doing the work, not the work. Frozen
-    encoders that run in the same step are added by `frozen_flops_per_sample`.
-
-    Args:
-        build_model: makes the network; it is built without memory.
-        forward: makes a batch of `batch_size` samples and runs the network on it.
-        batch_size: samples in that batch.
-        backward_ratio: 2 where every weight is trained; 1 for adapters on frozen weights, which need the
-            gradients of activations but not those of the weights.
-    """
-    return (1.0 + backward_ratio) * frozen_flops_per_sample(build_model, forward, batch_size)

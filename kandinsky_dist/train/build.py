@@ -86,7 +86,9 @@ def model_plan(config: Config, source: ModelSource) -> ModelPlan:
     )
 
 
-def build_objective(config: Config, folders: Folders, device: torch.device, precision: torch.dtype) -> Objective:
+def build_objective(
+    config: Config, folders: Folders, device: torch.device, precision: torch.dtype
+) -> Objective:
     """The stage's objective with its frozen encoders on the device, in the engine's precision."""
     clip = clip_preprocessing(folders.prior)
     image_encoder = load_image_encoder(folders.prior, precision, device)
@@ -165,7 +167,7 @@ def build_loader(
 def training_manifest(config: Config) -> Manifest:
     """The training corpus."""
     assert config.data.shards is not None
-    return read_manifest(config.data.shards)
+    return read_manifest(config.data.shards, "data.shards")
 
 
 def identity(config: Config, folders: Folders, manifest: Manifest) -> dict[str, Any]:
@@ -184,5 +186,3 @@ def identity(config: Config, folders: Folders, manifest: Manifest) -> dict[str, 
         found["model.lora_rank"] = config.model.lora_rank
     found[f"model.{config.stage}"] = f"architecture {folders.source.fingerprint[:16]}"
     return found
-
-

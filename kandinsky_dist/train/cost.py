@@ -11,13 +11,15 @@ from kandinsky_dist.telemetry.flops import count_forward_flops
 from kandinsky_dist.train.build import Folders
 
 NUM_TEXT_TOKENS = 77
-# Backward is two forwards: gradients of activations and of weights. Adapters on frozen weights need hardly
-# any of the second.
 BACKWARD_RATIO = {"full": 2.0, "lora": 1.0}
+"""Backward over forward: a product's gradient for its input, and one for its weight where that is trained."""
 
 
 def flops_per_sample(config: Config, folders: Folders, objective: Objective, device: torch.device) -> float:
-    """FLOPs of one sample of a training step: frozen encoders forward, trained model forward and backward."""
+    """FLOPs of one sample of a training step: frozen encoders forward, trained model forward and backward.
+
+    Recomputation (gradient checkpointing) is not counted: it is a way of doing the work, not the work.
+    """
 
     def batch() -> Batch:
         clip_size, is_prior = clip_preprocessing(folders.prior).size, config.stage == "prior"

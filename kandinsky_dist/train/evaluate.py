@@ -22,7 +22,9 @@ def evaluate(model: nn.Module, objective: Objective, loader: Loader, num_samples
     model.eval()
     for batch, weights_B in loader.held_out(num_samples):
         for name, values_B in objective.evaluate(model, objective.prepare(batch)).items():
-            sums[name] = sums.get(name, torch.zeros((), device=values_B.device)) + (values_B * weights_B).sum()
+            sums[name] = (
+                sums.get(name, torch.zeros((), device=values_B.device)) + (values_B * weights_B).sum()
+            )
         sums["weight"] = sums.get("weight", torch.zeros((), device=weights_B.device)) + weights_B.sum()
     model.train()
     totals = torch.stack(list(sums.values()))

@@ -29,7 +29,7 @@ from kandinsky_dist.train.step import LossWindow, train_step
 class Trainer:
     """A run from its restored checkpoint to its last step. Collective: made and run on every rank."""
 
-    def __init__(self, resolved: Resolved, process: Process) -> None:
+    def __init__(self, resolved: Resolved, process: Process, stop: StopRequest) -> None:
         config = self.config = resolved.config
         self.process = process
         self.run_dir = run_dir(config)
@@ -43,6 +43,8 @@ class Trainer:
             identity=build.identity(config, folders, manifest),
             config_yaml=resolved.to_yaml(),
         )
+        # Judged before the run folder is written to: a refused run leaves the earlier one as it was.
+        checkpoint = self.checkpoints.find(config.run.resume, config.run.allow_change)
         agree.decided_by_first(lambda: self.open_run_dir(resolved.to_yaml()))
         precision = engine_precision(config, process.device)
         micro = num_micro(config, world_size=process.world_size)
@@ -52,20 +54,25 @@ class Trainer:
         self.loader = build.build_loader(config, folders, manifest, process, is_training=True)
         self.validation = None
         if config.validation.every_steps:
-            held_out = read_manifest(str(config.validation.shards))
+            held_out = read_manifest(str(config.validation.shards), "validation.shards")
             self.validation = build.build_loader(config, folders, held_out, process, is_training=False)
-        self.state = self.checkpoints.restore(self.strategy, config.run.resume, config.run.allow_change)
+        self.state = self.checkpoints.restore(self.strategy, checkpoint)
         self.losses = LossWindow(self.state.pending_losses)
-        self.stop = StopRequest()
+        self.stop = stop
+        self.stop_flag = agree.LaggedFlag()
         self.meter = Meter(
             config.data.global_batch_size,
             flops_per_sample(config, folders, self.objective, process.device) if process.is_first else None,
             process.device,
             process.world_size,
         )
-        self.sinks: list[Sink] = open_sinks(self.run_dir, config.telemetry.report_to) if process.is_first else []
+        self.sinks: list[Sink] = (
+            open_sinks(self.run_dir, config.telemetry.report_to) if process.is_first else []
+        )
         self.waited_before = 0.0
-        self.audit = AuditLog(self.run_dir / "audit" / f"rank_{process.rank:05d}.jsonl") if config.data.audit else None
+        self.audit = (
+            AuditLog(self.run_dir / "audit" / f"rank_{process.rank:05d}.jsonl") if config.data.audit else None
+        )
 
     def run(self) -> None:
         """Trains to `run.max_steps`.
@@ -86,10 +93,12 @@ class Trainer:
                 self.losses.add(loss)
                 self.meter.tick()
                 self.write_audit(microbatches)
-                if self.is_due(config.telemetry.log_every_steps) or self.is_due(config.validation.every_steps):
+                if self.is_due(config.telemetry.log_every_steps) or self.is_due(
+                    config.validation.every_steps
+                ):
                     self.report(outcome, rate)  # the only place that reads device scalars
                 is_last = self.state.step == config.run.max_steps
-                is_stopped = self.stop.is_agreed() and not is_last
+                is_stopped = self.stop_flag.poll(self.stop.is_made) and not is_last
                 if is_stopped or is_last or self.is_due(config.checkpoint.every_steps):
                     self.save()
                 if is_stopped:
@@ -125,7 +134,10 @@ class Trainer:
             "skipped": outcome.skipped.item(),
         }
         self.losses.clear()
-        waited, self.waited_before = self.loader.data_wait_seconds - self.waited_before, self.loader.data_wait_seconds
+        waited, self.waited_before = (
+            self.loader.data_wait_seconds - self.waited_before,
+            self.loader.data_wait_seconds,
+        )
         entry |= self.meter.report(waited)
         if self.validation and self.is_due(self.config.validation.every_steps):
             with self.meter.pause():
@@ -151,14 +163,15 @@ class Trainer:
 
     @contextmanager
     def guards(self) -> Iterator[None]:
-        """Listens to stop signals, shows progress, and closes what is open however the run ends."""
+        """Shows progress, and closes what is open however the run ends."""
         with ExitStack() as stack:
-            stack.enter_context(self.stop.listening())
             self.progress = stack.enter_context(
                 Progress(self.config.run.max_steps, self.state.step, self.process.is_first)
             )
-            for sink in (*self.sinks, *([self.audit] if self.audit else [])):
+            for sink in self.sinks:
                 stack.callback(sink.close)
+            if self.audit:
+                stack.callback(self.audit.close)
             yield
 
     def open_run_dir(self, config_yaml: str) -> None:

@@ -1,0 +1,70 @@
+"""Every strategy at every world size trains what one process trains: the same keys, the same losses."""
+
+from pathlib import Path
+
+import pytest
+from helpers import forked
+from helpers.command import keys, losses
+
+pytestmark = pytest.mark.dist
+
+NUM_STEPS = 5
+SETTINGS = (
+    f"run.max_steps={NUM_STEPS}",
+    "data.global_batch_size=16",
+    "data.micro_batch_size=2",
+    "optim.weight_decay=0.01",
+    "objective.snr_gamma=5.0",
+)
+STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module", params=["prior", "decoder"])
+def one_process(request, tiny_models, small_corpus, tmp_path_factory) -> tuple[str, Path]:
+    """The stage and the run that all others are held to: a single process, no launcher, no engine."""
+    run_dir = tmp_path_factory.mktemp(request.param)
+    done = forked.train(request.param, *SETTINGS, models=tiny_models, corpus=small_corpus, run_dir=run_dir)
+    assert done.returncode == 0, done.stderr
+    assert len({round(loss, 5) for loss in losses(run_dir)}) == NUM_STEPS, "equal losses compare nothing"
+    return request.param, run_dir
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_losses_and_keys_are_those_of_one_process(
+    one_process, strategy, world_size, tiny_models, small_corpus, tmp_path
+):
+    stage, reference = one_process
+    done = forked.train(
+        stage,
+        *SETTINGS,
+        models=tiny_models,
+        corpus=small_corpus,
+        run_dir=tmp_path,
+        world_size=world_size,
+        strategy=strategy,
+    )
+    assert done.returncode == 0, done.stderr
+    difference = max(abs(a - b) for a, b in zip(losses(tmp_path), losses(reference), strict=True))
+    print(f"{stage} {strategy} on {world_size}: largest difference of a loss {difference:.1e}")
+    assert difference <= 1e-5
+    assert keys(tmp_path) == keys(reference)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bf16_follows_fp32(strategy, one_process, tiny_models, small_corpus, tmp_path):
+    stage, reference = one_process
+    done = forked.train(
+        stage,
+        *SETTINGS,
+        "parallel.precision=bf16",
+        models=tiny_models,
+        corpus=small_corpus,
+        run_dir=tmp_path,
+        world_size=2,
+        strategy=strategy,
+    )
+    assert done.returncode == 0, done.stderr
+    # bf16 keeps 8 bits, so a product is off by up to 2**-8; the encoders run in bf16 too.
+    assert losses(tmp_path) == pytest.approx(losses(reference), rel=3e-2)
+    assert losses(tmp_path) != losses(reference), "it did not run in bf16"

@@ -1,0 +1,209 @@
+"""What is killed or stopped goes on as if nothing had happened: the same losses to the last bit, the same keys."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers.command import keys, losses, train, train_arguments
+
+from kandinsky_dist.checkpoint.manager import checkpoints_of, newest_whole
+
+pytestmark = pytest.mark.dist
+
+NUM_STEPS = 10
+SETTINGS = (
+    f"run.max_steps={NUM_STEPS}",
+    "checkpoint.every_steps=3",
+    "data.num_workers=1",
+    "data.micro_batch_size=2",
+)
+NUM_KILLS = int(os.environ.get("KANDINSKY_DIST_CAMPAIGN", "2"))
+
+
+@contextmanager
+def started(world_size: int, stage: str, *settings: str, **places: Any) -> Iterator[subprocess.Popen[str]]:
+    """A run in the background; whatever is left of it is killed at the end."""
+    program = ["-m", "kandinsky_dist", *train_arguments(stage, *SETTINGS, *settings, **places)]
+    if world_size > 1:
+        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", *program]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        [sys.executable, *program],
+        env=environment,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        kill_all(process)
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the launcher, every rank and every worker at once."""
+    if process.poll() is None:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            if member.is_running():
+                member.send_signal(signal.SIGKILL)
+    process.wait()
+    if process.stderr:
+        process.stderr.close()
+
+
+def wait_until(is_so: Callable[[], Any], process: subprocess.Popen[str], *, timeout: float = 180) -> Any:
+    """Waits for a fact; fails if the run ends first without it."""
+    deadline = time.monotonic() + timeout
+    while not (fact := is_so()):
+        assert process.poll() is None, (
+            f"the run ended first: {process.stderr and process.stderr.read()[-3000:]}"
+        )
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+    return fact
+
+
+def last_step(run_dir: Path) -> int:
+    """Step of the newest line of metrics.jsonl, 0 before the first."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+
+
+def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """Rank -> its process, once all of them have begun."""
+    found = {}
+    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        try:
+            environ = member.environ()
+            if "RANK" in environ and member.parent().environ().get("RANK") is None:
+                found[int(environ["RANK"])] = member
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_models, small_corpus, tmp_path_factory) -> Callable[[str, str, int], Path]:
+    """Run folders of runs that nothing happened to."""
+    runs: dict[tuple[str, str, int], Path] = {}
+
+    def run(stage: str, strategy: str, world_size: int) -> Path:
+        case = (stage, strategy, world_size)
+        if case not in runs:
+            runs[case] = tmp_path_factory.mktemp("undisturbed") / "run"
+            done = train(
+                stage,
+                *SETTINGS,
+                models=tiny_models,
+                corpus=small_corpus,
+                run_dir=runs[case],
+                world_size=world_size,
+                strategy=strategy,
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+        return runs[case]
+
+    return run
+
+
+def assert_same(run_dir: Path, reference: Path) -> None:
+    assert losses(run_dir) == losses(reference)
+    assert keys(run_dir) == keys(reference)
+    assert len(losses(run_dir)) == NUM_STEPS
+
+
+CASES = [("prior", "ddp", 2), ("prior", "zero2", 2), ("decoder", "zero3", 2), ("decoder", "ddp", 1)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", range(NUM_KILLS))
+def test_kill_9_of_all_processes_at_a_random_step_changes_nothing(
+    number, undisturbed, tiny_models, small_corpus, tmp_path
+):
+    stage, strategy, world_size = CASES[number % len(CASES)]
+    draw = random.Random(number)
+    places = {"models": tiny_models, "corpus": small_corpus, "run_dir": tmp_path, "strategy": strategy}
+    with started(world_size, stage, **places) as process:
+        step = draw.randrange(1, NUM_STEPS)
+        wait_until(lambda: last_step(tmp_path) >= step, process)
+        time.sleep(draw.random() * 0.3)  # anywhere in a step or a save
+    done = train(
+        stage, *SETTINGS, models=tiny_models, corpus=small_corpus, run_dir=tmp_path,
+        world_size=world_size, strategy=strategy,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(tmp_path, undisturbed(stage, strategy, world_size))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_process_saves_and_ends_with_75(
+    number, undisturbed, tiny_models, small_corpus, tmp_path
+):
+    places = {"models": tiny_models, "corpus": small_corpus, "run_dir": tmp_path, "strategy": "ddp"}
+    with started(1, "decoder", **places) as process:
+        wait_until(lambda: last_step(tmp_path) >= 4, process)
+        process.send_signal(number)
+        assert process.wait(120) == 75, process.stderr.read()
+        said = process.stderr.read()
+    assert "the same command continues" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    saved = newest_whole(tmp_path / "checkpoints").folder
+    assert int(saved.name.removeprefix("step_")) == last_step(tmp_path), (
+        "a step was trained that was not saved"
+    )
+    done = train("decoder", *SETTINGS, models=tiny_models, corpus=small_corpus, run_dir=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(tmp_path, undisturbed("decoder", "ddp", 1))
+
+
+def test_a_signal_to_any_one_rank_stops_all_at_the_same_step(
+    undisturbed, tiny_models, small_corpus, tmp_path
+):
+    places = {"models": tiny_models, "corpus": small_corpus, "run_dir": tmp_path, "strategy": "zero2"}
+    with started(2, "prior", **places) as process:
+        wait_until(lambda: last_step(tmp_path) >= 2, process)
+        ranks_of(process)[1].send_signal(signal.SIGUSR1)
+        process.wait(120)
+        said = process.stderr.read()
+    assert said.count("exitcode  : 75") == 2, said[-3000:]
+    found = newest_whole(tmp_path / "checkpoints")
+    assert not found.passed_over
+    assert int(found.folder.name.removeprefix("step_")) == last_step(tmp_path)
+    done = train(
+        "prior", *SETTINGS, models=tiny_models, corpus=small_corpus, run_dir=tmp_path,
+        world_size=2, strategy="zero2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(tmp_path, undisturbed("prior", "zero2", 2))
+
+
+def test_a_checkpoint_moves_between_strategies_and_world_sizes(
+    undisturbed, tiny_models, small_corpus, tmp_path
+):
+    moves = [("zero2", 2, 3), ("ddp", 1, 5), ("zero3", 2, 7), ("zero1", 1, 9), ("zero0", 2, NUM_STEPS)]
+    for strategy, world_size, until in moves:
+        done = train(
+            "prior", *SETTINGS, f"run.max_steps={until}", models=tiny_models, corpus=small_corpus,
+            run_dir=tmp_path, world_size=world_size, strategy=strategy,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    reference = undisturbed("prior", "ddp", 2)
+    assert keys(tmp_path) == keys(reference)
+    assert losses(tmp_path) == pytest.approx(losses(reference), abs=1e-5)
+
+
+def test_retention_keeps_the_newest(undisturbed):
+    folders = checkpoints_of(undisturbed("prior", "ddp", 2) / "checkpoints")
+    assert [folder.name for folder in folders] == ["step_00000010", "step_00000009", "step_00000006"]
