@@ -1,8 +1,8 @@
 """The first step's loss, computed again from the libraries alone.
 
-Everything but the draws is done anew: pictures by Pillow and transformers' processor, tokens by its tokenizer,
-noising by diffusers' scheduler, networks by `from_pretrained`. Which samples, noise, timesteps and dropouts a
-position has are this project's own inputs and are taken from it.
+Everything but the draws is done anew: pictures by Pillow and transformers' processor, tokens by its
+tokenizer, noising by diffusers' scheduler, networks by `from_pretrained`. Which samples, noise, timesteps
+and dropouts a position has are this project's own inputs and are taken from it.
 """
 
 import io
@@ -56,10 +56,8 @@ def image_embeds(folder, images):
 def prior_errors(models, images, captions):
     """Squared errors (B, D) of the prior, and the signal-to-noise ratios (B,)."""
     folder = models / "prior"
-    text = [
-        "" if drop else caption
-        for drop, caption in zip(is_dropped(Stream.CAPTION_DROPOUT), captions, strict=True)
-    ]
+    dropped = is_dropped(Stream.CAPTION_DROPOUT)
+    text = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
     tokens = tokenizer(text, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     encoded = CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder")(tokens.input_ids)
