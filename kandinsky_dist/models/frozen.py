@@ -91,9 +91,7 @@ def load_movq(
     from diffusers import VQModel
 
     with outside_zero_init(), quiet_libraries():
-        model = VQModel.from_pretrained(
-            folder, subfolder="movq", torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        )
+        model = _load(VQModel, folder / "movq", torch_dtype=dtype)
         if encode_only:
             del model.decoder, model.post_quant_conv, model.quantize
         return _freeze(model, device)
@@ -103,10 +101,34 @@ def _load_transformers(
     model_class: Any, folder: Path, component: str, dtype: torch.dtype, device: torch.device | str
 ) -> nn.Module:
     with outside_zero_init(), quiet_libraries():
-        model = model_class.from_pretrained(
-            folder, subfolder=component, dtype=dtype, use_safetensors=True, local_files_only=True
+        return _freeze(_load(model_class, folder / component, dtype=dtype), device)
+
+
+def _load(model_class: Any, path: Path, **settings: Any) -> Any:
+    """A network from its own folder.
+
+    Raises:
+        ConfigError: weights and config.json do not belong together. The libraries would fill a weight that
+            the file lacks with random values and go on.
+    """
+    try:
+        model, found = model_class.from_pretrained(
+            path, use_safetensors=True, local_files_only=True, output_loading_info=True, **settings
         )
-        return _freeze(model, device)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        # What follows the first sentence is advice to programmers.
+        reason = next(iter(str(error).splitlines()), type(error).__name__).partition(". ")[0]
+        raise ConfigError(
+            f"{path} cannot be loaded as a {model_class.__name__}: the weights are not those of its "
+            f"config.json, or a file is damaged ({reason}); copy or download it again"
+        ) from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"{path} lacks {len(missing)} weights that its config.json asks for, first {missing[0]}: copy or "
+            "download it again"
+        )
+    return model
 
 
 def _freeze(model: nn.Module, device: torch.device | str) -> nn.Module:
