@@ -52,7 +52,10 @@ def pipeline_folder(name_or_path: str, key: str, components: Sequence[str]) -> P
 def _download(name: str, problem: str, components: Sequence[str]) -> Path:
     """The hub's snapshot of the components' configurations and unvaried safetensors; honours offline mode."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"{problem} is not a folder")
+        raise ConfigError(
+            f"{problem} is not a folder: name a diffusers pipeline folder (kandinsky-dist models init makes "
+            "some) or a hub name"
+        )
     from huggingface_hub import snapshot_download
 
     patterns = ["model_index.json"]
@@ -164,8 +167,17 @@ class ModelSource:
         """The structure alone, fp32 and in training mode; no weights are read.
 
         May be called under `deepspeed.zero.Init`, a meta device or FakeTensorMode.
+
+        Raises:
+            ConfigError: config.json has values of which no such network can be made.
         """
-        module: nn.Module = self._class().from_config(self.config)
+        try:
+            module: nn.Module = self._class().from_config(self.config)
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise ConfigError(
+                f"{self.path}/config.json does not describe a {self._class().__name__} "
+                f"({next(iter(str(error).splitlines()), type(error).__name__)}): copy or download it again"
+            ) from error
         return module.train()
 
     def state_dict(self) -> dict[str, Tensor]:
