@@ -99,12 +99,13 @@ def read_folder_manifest(folder: Path) -> Manifest:
     return Manifest(folder, shards)
 
 
-def read_manifest(shards: str) -> Manifest:
+def read_manifest(shards: str, key: str = "shards") -> Manifest:
     """Finds a corpus and makes sure, without opening its shards, that they are all there.
 
     Args:
         shards: folder of tars, glob, brace pattern `train-{000..012}.tar` or list file (.txt, one path a
             line); the tars' folders must have been indexed.
+        key: the setting that named it, for messages: "data.shards".
 
     Raises:
         DataError: nothing there, no manifest, a shard missing or of another size, no samples.
@@ -112,9 +113,9 @@ def read_manifest(shards: str) -> Manifest:
     if Path(shards).is_dir():
         selected = [_whole_folder(Path(shards))]
     else:
-        selected = _select(shards, resolve_shards(shards))
+        selected = _select(f"{key}={shards}", resolve_shards(shards, key))
     rows = [(part.root / shard.path, shard) for part in selected for shard in part.shards]
-    _check_sizes(shards, rows)
+    _check_sizes(f"{key}={shards}", rows)
     roots = {part.root for part in selected}
     if len(roots) == 1:
         manifest = Manifest(roots.pop(), tuple(shard for _, shard in rows))
@@ -128,7 +129,7 @@ def read_manifest(shards: str) -> Manifest:
         ]
         manifest = Manifest(root, tuple(moved))
     if manifest.num_samples == 0:
-        raise DataError(f"shards={shards} has {len(manifest.shards)} shards but no samples")
+        raise DataError(f"{key}={shards} has {len(manifest.shards)} shards but no samples")
     return manifest
 
 
@@ -148,11 +149,11 @@ def _whole_folder(folder: Path) -> Manifest:
     return manifest
 
 
-def _select(shards: str, paths: list[Path]) -> list[Manifest]:
+def _select(problem: str, paths: list[Path]) -> list[Manifest]:
     """One single-shard manifest per path, from the manifests of the folders that the paths lie in."""
     missing = [path for path in paths if not path.exists()]
     if missing:
-        raise DataError(_missing(shards, missing, len(paths)))
+        raise DataError(_missing(problem, missing, len(paths)))
     known = {
         folder: {row.path: row for row in read_folder_manifest(folder).shards}
         for folder in dict.fromkeys(path.parent for path in paths)
@@ -166,7 +167,7 @@ def _select(shards: str, paths: list[Path]) -> list[Manifest]:
     return [Manifest(path.parent, (known[path.parent][path.name],)) for path in paths]
 
 
-def _check_sizes(shards: str, rows: list[tuple[Path, Shard]]) -> None:
+def _check_sizes(problem: str, rows: list[tuple[Path, Shard]]) -> None:
     missing = []
     for path, shard in rows:
         try:
@@ -180,11 +181,11 @@ def _check_sizes(shards: str, rows: list[tuple[Path, Shard]]) -> None:
                 f"copy it again, or run: kandinsky-dist data index {path.parent}"
             )
     if missing:
-        raise DataError(_missing(shards, missing, len(rows)))
+        raise DataError(_missing(problem, missing, len(rows)))
 
 
-def _missing(shards: str, missing: list[Path], num_shards: int) -> str:
+def _missing(problem: str, missing: list[Path], num_shards: int) -> str:
     return (
-        f"shards={shards}: {len(missing)} of {num_shards} shards are missing, first {missing[0]}; "
+        f"{problem}: {len(missing)} of {num_shards} shards are missing, first {missing[0]}; "
         "copy them again, or index what is there"
     )

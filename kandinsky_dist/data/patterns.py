@@ -9,14 +9,14 @@ from pathlib import Path
 from kandinsky_dist.errors import DataError
 
 
-def resolve_shards(shards: str) -> list[Path]:
+def resolve_shards(shards: str, key: str = "shards") -> list[Path]:
     """The tars that a folder, glob, brace pattern or list file names, sorted or in the pattern's order.
 
     Raises:
         DataError: none, or a list file that cannot be read.
     """
     if re.match(r"[a-z0-9]+://|pipe:", shards):
-        raise DataError(f"shards={shards}: remote shards cannot be read yet; copy them to a folder")
+        raise DataError(f"{key}={shards}: remote shards cannot be read yet; copy them to a folder")
     path = Path(shards)
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
@@ -24,19 +24,19 @@ def resolve_shards(shards: str) -> list[Path]:
         try:
             lines = [line.strip() for line in path.read_text().splitlines()]
         except OSError as error:
-            raise DataError(f"shards={shards}: {error.strerror or error}") from error
+            raise DataError(f"{key}={shards}: {error.strerror or error}") from error
         names = [line for line in lines if line and not line.startswith("#")]
         found = [path.parent / name for line in names for name in _expand(line)]
     elif "{" in shards or glob.has_magic(shards) or path.suffix == ".tar":
         found = [Path(name) for name in _expand(shards)]
     else:
         what = "is not a folder" if path.exists() else "does not exist"
-        raise DataError(f"shards={shards} {what}; give a folder of .tar shards, a glob or a list file")
+        raise DataError(f"{key}={shards} {what}; give a folder of .tar shards, a glob or a list file")
     if not found:
-        raise DataError(f"shards={shards} names no .tar shards; to make some: kandinsky-dist data pack")
+        raise DataError(f"{key}={shards} names no .tar shards; to make some: kandinsky-dist data pack")
     if len(set(found)) < len(found):
         twice = Counter(found).most_common(1)[0][0]
-        raise DataError(f"shards={shards} names {twice} twice; list each shard once")
+        raise DataError(f"{key}={shards} names {twice} twice; list each shard once")
     return found
 
 
