@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from kandinsky_dist.errors import DataError
 
@@ -50,6 +50,10 @@ def decode_image(data: bytes, name: str) -> Image.Image:
             return _to_rgb(_upright(image))
     except DataError:
         raise
+    except UnidentifiedImageError as error:
+        raise DataError(
+            f"{name}: cannot be decoded as an image (no known format); replace or drop the sample"
+        ) from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: {error}; shrink the image") from error
     # Foreign bytes can make Pillow's many parsers raise nearly anything: all of it means a bad image.
