@@ -1,6 +1,5 @@
 """Writing of shards through the webdataset library: complete and indexed, or not there at all."""
 
-import errno
 import json
 import logging
 import os
@@ -14,11 +13,10 @@ import webdataset
 
 from kandinsky_dist.data.index import index_shards
 from kandinsky_dist.data.manifest import Manifest, read_manifest
-from kandinsky_dist.errors import ConfigError, DataError
+from kandinsky_dist.errors import DISK_FULL, ConfigError, DataError, DiskFullError
 
 ORIGIN_NAME = "origin.json"
 """Beside the shards: the call that they are the result of."""
-FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class NoSamplesError(DataError):
@@ -50,7 +48,8 @@ def write_shards(
 
     Raises:
         ConfigError: `out` holds something else.
-        DataError: no samples, no space left.
+        DataError: no samples.
+        DiskFullError: no space left.
     """
     if samples_per_shard < 1:
         raise ConfigError(f"samples_per_shard={samples_per_shard} must be at least 1")
@@ -66,8 +65,8 @@ def write_shards(
         temporary.chmod(0o777 & ~_umask())  # mkdtemp made it private
         os.rename(temporary, out)
     except OSError as error:
-        if error.errno in FULL_ERRORS:
-            raise DataError(
+        if error.errno in DISK_FULL:
+            raise DiskFullError(
                 f"no space left for shards in {out.parent} ({error.strerror}); free some and retry"
             ) from error
         raise DataError(f"cannot write shards to {out}: {error.strerror or error}") from error

@@ -1,15 +1,12 @@
 """Folders that exist whole or not at all."""
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kandinsky_dist.errors import ConfigError
-
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+from kandinsky_dist.errors import DISK_FULL, ConfigError, DiskFullError
 
 
 @contextmanager
@@ -22,7 +19,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         out: does not exist yet, or is empty.
 
     Raises:
-        ConfigError: `out` holds something, or its disk is full.
+        ConfigError: `out` holds something, or cannot be made there.
+        DiskFullError: no space left.
     """
     from safetensors import SafetensorError
 
@@ -40,11 +38,13 @@ def new_folder(out: Path) -> Iterator[Path]:
         # safetensors has an error of its own, with the number in its text.
         number = getattr(error, "errno", None)
         if number in DISK_FULL or any(f"os error {code}" in str(error) for code in DISK_FULL):
-            raise ConfigError(
+            raise DiskFullError(
                 f"{out} cannot be written: its disk is full or a quota is used up; nothing was kept"
             ) from error
-        if isinstance(error, PermissionError):
-            raise ConfigError(f"{out} cannot be written: {error.strerror} ({error.filename})") from error
+        if str(getattr(error, "filename", None)).startswith(str(partial)):
+            raise ConfigError(
+                f"{out} cannot be written: {os.strerror(number or 0)}; name another folder"
+            ) from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

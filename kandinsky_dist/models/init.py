@@ -78,7 +78,8 @@ def initialise(
         True if the folders were written, False if `out` already held them.
 
     Raises:
-        ConfigError: `out` holds something else, the disk is full, or the tokenizer cannot be had.
+        ConfigError: `out` holds something else, or the tokenizer cannot be had.
+        DiskFullError: no space left.
     """
     if size not in SIZES:
         raise ConfigError(f"size={size} is unknown; known sizes: {', '.join(SIZES)}")

@@ -273,14 +273,14 @@ def test_folders_swapped_are_refused_before_anything_is_loaded(exported, tmp_pat
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from kandinsky_dist.errors import ConfigError
+from kandinsky_dist.errors import DiskFullError
 from kandinsky_dist.models.init import initialise
 # A limit on the size of a file stands in for a full disk: the write fails half-way, in the same place.
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21))
 try:
     initialise("tiny", Path(sys.argv[1]), tokenizer=sys.argv[2])
-except ConfigError as error:
+except DiskFullError as error:
     sys.exit(f"refused: {error}")
 """
 

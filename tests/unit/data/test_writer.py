@@ -91,13 +91,13 @@ def test_no_space_left_is_one_line_and_leaves_nothing(tmp_path):
         import resource
         from pathlib import Path
         from kandinsky_dist.data.writer import write_shards
-        from kandinsky_dist.errors import DataError
+        from kandinsky_dist.errors import DiskFullError
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
         samples = ({{"__key__": str(n), "png": bytes(30_000), "txt": b"x"}} for n in range(100))
         try:
             write_shards(samples, Path({str(tmp_path / "a")!r}), samples_per_shard=50, origin={{}})
-        except DataError as error:
+        except DiskFullError as error:
             print(error)
     """
     result = subprocess.run(
