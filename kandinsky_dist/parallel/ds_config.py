@@ -38,6 +38,10 @@ def complete(config: Config, *, world_size: int, num_micro: int, is_bf16: bool) 
         settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"parallel.ds_config={path}: not readable as JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            f"parallel.ds_config={path} must be an object of settings, is a {type(settings).__name__}"
+        )
     stage = int(config.parallel.strategy.removeprefix("zero"))
     owned: dict[str, tuple[Any, str]] = {
         "train_batch_size": (config.data.global_batch_size, "data.global_batch_size"),
@@ -69,10 +73,13 @@ def _merge(tree: dict[str, Any], path: list[str], value: Any, where: str, owner:
     *parents, leaf = path
     for name in parents:
         tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{where} sets {name}={tree}, which must be an object of settings")
     found = tree.get(leaf, "auto")
     if found != "auto" and found != value:
         raise ConfigError(
-            f"{where} sets {'.'.join(path)}={found}, the run has {value} ({owner}): make them agree or remove it"
+            f"{where} sets {'.'.join(path)}={found}, the run has {value} ({owner}): make them agree or "
+            "remove it"
         )
     tree[leaf] = value
 
