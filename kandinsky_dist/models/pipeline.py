@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kandinsky_dist.errors import CheckpointError
+from kandinsky_dist.errors import CheckpointError, ConfigError
 from kandinsky_dist.models.architectures import COMPONENTS
 from kandinsky_dist.models.atomic import new_folder
 from kandinsky_dist.models.load import Component, ModelSource, pipeline_folder
@@ -89,7 +89,7 @@ def generate(
         negative_prompt: what to avoid.
         out: PNG file; appears whole or not at all.
         size: side, pixels; rounded up to a multiple of 64.
-        num_prior_steps: denoising steps of the image embedding.
+        num_prior_steps: denoising steps of the image embedding, at least 2.
         num_decoder_steps: denoising steps of the latents.
         guidance_scale: of the decoder; 1 switches guidance off.
         seed: of all noise.
@@ -97,12 +97,27 @@ def generate(
         dtype: of the arithmetic; None is fp16 on a GPU, fp32 on a CPU.
 
     Raises:
-        ConfigError: a folder is not what it should be.
+        ConfigError: a folder is not what it should be, a number is out of range, there is no such device.
     """
+    for name, value, least in (
+        ("size", size, 1),
+        ("num_prior_steps", num_prior_steps, 2),  # its scheduler divides by one less
+        ("num_decoder_steps", num_decoder_steps, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{name}={value} must be {least} or more")
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder: name a file for the image")
     prior_folder = pipeline_folder(prior, "prior", list(COMPONENTS["prior"]))
     decoder_folder = pipeline_folder(decoder, "decoder", list(COMPONENTS["decoder"]))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device={device} cannot be used ({reason}): use cpu or cuda") from error
     dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
+    out.parent.mkdir(parents=True, exist_ok=True)  # before the work that would be lost
     with quiet_libraries():
         pipe = _combined_pipeline(prior_folder, decoder_folder, dtype).to(device)
         pipe.set_progress_bar_config(disable=True)
@@ -116,7 +131,6 @@ def generate(
             guidance_scale=guidance_scale,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         image.save(partial, format="PNG")
