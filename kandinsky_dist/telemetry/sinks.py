@@ -8,11 +8,12 @@ import errno
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kandinsky_dist.errors import ConfigError, DataError
+from kandinsky_dist.errors import DISK_FULL, ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -94,6 +95,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter  # a second to import: only where it is used
 
             # purge_step hides what an earlier start logged from this step on: the last entry counts here too.
+            _hush_writer_threads()
             self._writer = SummaryWriter(str(self._folder), purge_step=step)
         for key, value in entry.items():
             if key != "step":
@@ -140,6 +142,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             ) from error
         entries[step] = {key: math.nan if value is None else value for key, value in entry.items()}
     return [entries[step] for step in sorted(entries)]
+
+
+def _hush_writer_threads() -> None:
+    """Spares people the traceback of TensorBoard's writer thread: the next entry raises the same error."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        is_told = isinstance(arguments.exc_value, OSError) and arguments.exc_value.errno in DISK_FULL
+        if not (is_told and type(arguments.thread).__module__.startswith("tensorboard.")):
+            before(arguments)
+
+    threading.excepthook = hook
 
 
 def _cut_torn_line(path: Path) -> None:
