@@ -82,9 +82,13 @@ def write_fragments(path: Path, fragments: Sequence[Fragment]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a small file so that it is there whole or not at all, durable on return."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        sync(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

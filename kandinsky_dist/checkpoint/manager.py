@@ -62,7 +62,8 @@ def newest_whole(folder: Path) -> Found:
         was_finished |= (path / COMMIT).exists()
     if was_finished:
         raise CheckpointError(
-            f"no checkpoint in {folder} is whole ({passed_over[0]}): restore one, or start anew in another run.dir"
+            f"no checkpoint in {folder} is whole ({passed_over[0]}): restore one, or start anew in another "
+            "run.dir"
         )
     return Found(None, tuple(passed_over))
 
@@ -152,8 +153,8 @@ class CheckpointManager:
             found = reader.numels.get(fragment.name)
             if found not in (None, fragment.numel):
                 raise CheckpointError(
-                    f"{reader.folder} has {found} values of {fragment.name}, the model {fragment.numel}: it is a "
-                    "checkpoint of another model"
+                    f"{reader.folder} has {found} values of {fragment.name}, the model {fragment.numel}: it is "
+                    "a checkpoint of another model"
                 )
         strategy.load_fragments(reader, num_steps=reader.state.run.step)
         say(f"resumed {reader.folder} at sample {reader.state.run.samples_consumed:,}", self._process)

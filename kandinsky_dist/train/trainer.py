@@ -10,7 +10,7 @@ from kandinsky_dist.config.loader import Resolved
 from kandinsky_dist.config.resolve import num_micro, run_dir
 from kandinsky_dist.data.dataset import Batch
 from kandinsky_dist.data.manifest import read_manifest
-from kandinsky_dist.errors import ConfigError, StoppedError
+from kandinsky_dist.errors import DISK_FULL, ConfigError, DiskFullError, StoppedError
 from kandinsky_dist.faults.preempt import StopRequest
 from kandinsky_dist.optim.schedule import learning_rate
 from kandinsky_dist.parallel.base import StepOutcome
@@ -103,8 +103,8 @@ class Trainer:
                     self.save()
                 if is_stopped:
                     raise StoppedError(
-                        f"stopped on request after step {self.state.step} of {config.run.max_steps}, saved in "
-                        f"{self.run_dir}: the same command continues"
+                        f"stopped on request after step {self.state.step} of {config.run.max_steps}, saved "
+                        f"in {self.run_dir}: the same command continues"
                     )
 
     def is_due(self, every_steps: int) -> bool:
@@ -180,4 +180,8 @@ class Trainer:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_text(self.run_dir / "config.yaml", config_yaml)
         except OSError as error:
+            if error.errno in DISK_FULL:
+                raise DiskFullError(
+                    f"run.dir={self.run_dir}: {error.strerror}; make room and retry"
+                ) from error
             raise ConfigError(f"run.dir={self.run_dir} cannot be written: {error.strerror}") from error
