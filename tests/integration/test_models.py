@@ -13,19 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from kandinsky_dist.errors import CheckpointError, ConfigError
-from kandinsky_dist.models.init import initialise
 from kandinsky_dist.models.load import ModelSource
 from kandinsky_dist.models.lora import WEIGHT_NAME, add_adapters, save_adapters
 from kandinsky_dist.models.pipeline import generate, write_pipeline
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def tiny_models(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("models") / "tiny"
-    initialise("tiny", out)
-    return out
 
 
 def run_python(script, *arguments, **environment):
