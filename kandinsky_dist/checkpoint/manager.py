@@ -153,8 +153,8 @@ class CheckpointManager:
             found = reader.numels.get(fragment.name)
             if found not in (None, fragment.numel):
                 raise CheckpointError(
-                    f"{reader.folder} has {found} values of {fragment.name}, the model {fragment.numel}: it is "
-                    "a checkpoint of another model"
+                    f"{reader.folder} has {found} values of {fragment.name}, the model {fragment.numel}: "
+                    "it is a checkpoint of another model"
                 )
         strategy.load_fragments(reader, num_steps=reader.state.run.step)
         say(f"resumed {reader.folder} at sample {reader.state.run.samples_consumed:,}", self._process)

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -41,9 +42,10 @@ class _LineFile:
     def append(self, value: Mapping[str, Any]) -> None:
         line = (json.dumps(value, allow_nan=False) + "\n").encode()
         start = self._file.seek(0, os.SEEK_END)
-        if self._file.write(line) != len(line):  # the disk is full
-            self._file.truncate(start)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+        with _naming(self._file.name):
+            if self._file.write(line) != len(line):  # the disk is full
+                self._file.truncate(start)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         if not self._file.closed:
@@ -97,14 +99,16 @@ class TensorBoard:
             # purge_step hides what an earlier start logged from this step on: the last entry counts here too.
             _hush_writer_threads()
             self._writer = SummaryWriter(str(self._folder), purge_step=step)
-        for key, value in entry.items():
-            if key != "step":
-                self._writer.add_scalar(key, value, step)
+        with _naming(self._folder):
+            for key, value in entry.items():
+                if key != "step":
+                    self._writer.add_scalar(key, value, step)
 
     def close(self) -> None:
         """Flushes the event file."""
         if self._writer is not None:
-            self._writer.close()
+            with _naming(self._folder):
+                self._writer.close()
 
 
 def open_sinks(run_dir: Path, report_to: Sequence[str]) -> list[Sink]:
@@ -142,6 +146,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             ) from error
         entries[step] = {key: math.nan if value is None else value for key, value in entry.items()}
     return [entries[step] for step in sorted(entries)]
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Adds the path to a system error that has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 def _hush_writer_threads() -> None:
