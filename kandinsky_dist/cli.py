@@ -329,7 +329,7 @@ def _add_bench(commands: Any) -> None:
     def memory(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.memory import run
 
-        run(arguments.models, arguments.out, stage=arguments.stage, world_size=arguments.world_size)
+        run(arguments.out, size=arguments.size, stages=arguments.stage, world_size=arguments.world_size)
 
     parser = _command(
         group,
@@ -337,7 +337,17 @@ def _add_bench(commands: Any) -> None:
         memory,
         "Bytes of model states a rank under each strategy, beside the textbook's formulas.",
     )
-    parser.add_argument("models", type=Path, help="folder of `models init --size small`")
     parser.add_argument("out", type=Path, help="folder for memory.json and memory.md")
-    parser.add_argument("--stage", choices=STAGES, default="prior", help="which network")
-    parser.add_argument("--world-size", type=int, default=2, help="processes")
+    parser.add_argument("--size", choices=SIZES, default="small", help="networks, with random weights")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="which networks")
+    parser.add_argument("--world-size", type=int, default=2, help="processes; on CPUs where GPUs are fewer")
+
+    def render(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.bench.cases import to_markdown
+
+        print(to_markdown(arguments.record), end="")
+
+    parser = _command(
+        group, "render", render, "Prints the Markdown of a record that a bench case has written."
+    )
+    parser.add_argument("record", type=Path, help="JSON file")

@@ -1,0 +1,22 @@
+"""The bench cases by name, and how each one's records become Markdown."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from kandinsky_dist.bench import memory_report
+from kandinsky_dist.bench.record import Record
+from kandinsky_dist.errors import DataError
+
+REPORTS: dict[str, Callable[[Record], str]] = {"memory": memory_report.to_markdown}
+
+
+def to_markdown(path: Path) -> str:
+    """A saved record as the page that its case renders.
+
+    Raises:
+        DataError: the file is no record, or of an unknown case.
+    """
+    record = Record.load(path)
+    if record.case not in REPORTS:
+        raise DataError(f"{path} is of case {record.case}; known cases: {', '.join(REPORTS)}")
+    return REPORTS[record.case](record)
