@@ -23,7 +23,7 @@ from kandinsky_dist.runtime.hashing import Stream
 
 pytestmark = pytest.mark.integration
 
-NUM_SAMPLES, SEED, DROPOUT, RESOLUTION = 8, 11, 0.4, 64
+NUM_SAMPLES, SEED, DROPOUT, RESOLUTION = 8, 39, 0.4, 64
 POSITIONS_B = torch.arange(NUM_SAMPLES)
 TIMESTEPS_B = rng.integers(SEED, Stream.TIMESTEP, POSITIONS_B, 1000)
 
@@ -122,5 +122,6 @@ def test_first_loss_is_the_libraries(stage, gamma, tiny_models, small_corpus, tm
     losses_B = errors.flatten(1).mean(1)
     if gamma is not None:
         clipped_B = snr_B.clamp(max=gamma)
+        assert 0 < (clipped_B < snr_B).sum() < NUM_SAMPLES, "the seed must give both kinds"
         losses_B = losses_B * (clipped_B if stage == "prior" else clipped_B / snr_B)
     assert losses(tmp_path / "run") == pytest.approx([losses_B.mean().item()], rel=1e-5)
