@@ -35,11 +35,12 @@ def run_on_ranks(function: Callable[..., Result], world_size: int, *arguments: A
         monitor_interval=0.1,
         start_method="spawn",
     )
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world_size))}
+    threads = str(max(1, (os.cpu_count() or 1) // world_size))
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     if torch.cuda.device_count() < world_size:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     before = {name: os.environ.get(name) for name in environment}
-    os.environ.update({name: os.environ.get(name) or value for name, value in environment.items()})
+    os.environ.update(environment)  # the new processes inherit it
     try:
         results = elastic_launch(launch, function)(*arguments)
     finally:
