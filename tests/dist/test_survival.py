@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers.command import keys, losses, train, train_arguments
+from helpers.command import keys, losses, train_arguments
+from helpers.forked import train
 
 from kandinsky_dist.checkpoint.manager import checkpoints_of, newest_whole
 

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch.distributed import TCPStore
 
 # Imported by any run. In Python 3.11 the server does not see this folder, so these are installed modules.
 PRELOADED = [
+    "kandinsky_dist.checkpoint.export",
+    "kandinsky_dist.models.init",
     "kandinsky_dist.train.trainer",
     "diffusers.schedulers.scheduling_ddpm",
     "diffusers.models.autoencoders.vq_model",
@@ -48,11 +51,22 @@ def train(
     arguments = train_arguments(
         stage, *settings, models=models, corpus=corpus, run_dir=run_dir, strategy=strategy
     )
+    return command(*arguments, world_size=world_size, timeout=timeout)
+
+
+def command(
+    *words: object, world_size: int = 1, timeout: float = 120, environment: Mapping[str, str] | None = None
+) -> CompletedProcess[str]:
+    """`helpers.command.command`, as `train` above; `environment` is added to that of the fork server."""
+    arguments = [str(word) for word in words]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # A port of the system's choice, held from here on, as torchrun's own store is.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world_size > 1 else None
-        ranks = [_start(arguments, folder, rank, world_size, store) for rank in range(world_size)]
+        ranks = [
+            _start(arguments, folder, rank, world_size, store, environment or {})
+            for rank in range(world_size)
+        ]
         deadline = time.monotonic() + timeout
         try:
             for process in ranks:
@@ -73,11 +87,16 @@ def train(
 
 
 def _start(
-    arguments: list[str], folder: Path, rank: int, world_size: int, store: TCPStore | None
+    arguments: list[str],
+    folder: Path,
+    rank: int,
+    world_size: int,
+    store: TCPStore | None,
+    environment: Mapping[str, str],
 ) -> BaseProcess:
-    environment = {}
     if store is not None:
         environment = {
+            **environment,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
@@ -102,14 +121,12 @@ def _start(
     return process
 
 
-def _rank(arguments: list[str], environment: dict[str, str], folder: Path, rank: int) -> None:
+def _rank(arguments: list[str], environment: Mapping[str, str], folder: Path, rank: int) -> None:
     """One rank, in its own process."""
     os.environ.update(environment)
     for descriptor, name in ((1, "out"), (2, "err")):
         file = os.open(folder / f"{name}_{rank}", os.O_WRONLY | os.O_CREAT)
         os.dup2(file, descriptor)
     from kandinsky_dist.cli import main
-
-    sys.exit(main(arguments))
 
     sys.exit(main(arguments))
