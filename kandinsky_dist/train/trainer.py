@@ -16,6 +16,7 @@ from kandinsky_dist.optim.schedule import learning_rate
 from kandinsky_dist.parallel.base import StepOutcome
 from kandinsky_dist.parallel.select import engine_precision, select
 from kandinsky_dist.runtime import agree
+from kandinsky_dist.runtime.logs import say
 from kandinsky_dist.runtime.process import Process
 from kandinsky_dist.telemetry.meter import Meter
 from kandinsky_dist.telemetry.progress import Progress
@@ -81,10 +82,15 @@ class Trainer:
             StoppedError: a stop was requested; the run has saved itself.
         """
         config = self.config
+        is_last = self.state.step >= config.run.max_steps
+        if is_last:
+            say(
+                f"step {self.state.step} of {config.run.max_steps} is done: nothing left to train",
+                self.process,
+            )
         with self.guards(), closing(self.loader.steps(self.state.samples_consumed)) as steps:
-            for microbatches in steps:  # on the device, exactly num_micro each
-                if self.state.step >= config.run.max_steps:
-                    break
+            while not is_last:
+                microbatches = next(steps)  # on the device, exactly num_micro each
                 rate = self.learning_rate()
                 loss, outcome = train_step(
                     self.strategy, self.objective, self.model, microbatches, learning_rate=rate
