@@ -111,7 +111,7 @@ def read_manifest(shards: str, key: str = "shards") -> Manifest:
         DataError: nothing there, no manifest, a shard missing or of another size, no samples.
     """
     if Path(shards).is_dir():
-        selected = [_whole_folder(Path(shards))]
+        selected = [_whole_folder(Path(shards), key)]
     else:
         selected = _select(f"{key}={shards}", resolve_shards(shards, key))
     rows = [(part.root / shard.path, shard) for part in selected for shard in part.shards]
@@ -133,8 +133,8 @@ def read_manifest(shards: str, key: str = "shards") -> Manifest:
     return manifest
 
 
-def _whole_folder(folder: Path) -> Manifest:
-    tars = {path.name for path in resolve_shards(str(folder))}
+def _whole_folder(folder: Path, key: str) -> Manifest:
+    tars = {path.name for path in resolve_shards(str(folder), key)}
     manifest = read_folder_manifest(folder)
     unlisted = sorted(tars - {shard.path for shard in manifest.shards})
     if unlisted:
