@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers.command import train_arguments
 from helpers.forked import command
+from helpers.lines import matches, one_line
 
 from kandinsky_dist.cli import main
 
@@ -43,13 +44,6 @@ def refused(capsys, monkeypatch):
         return error.removesuffix("\n")
 
     return run
-
-
-def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
-    """The only line that a command said that failed with `code`."""
-    assert done.returncode == code, (done.returncode, done.stderr)
-    assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr.removesuffix("\n")
 
 
 SETTINGS = [
@@ -86,11 +80,6 @@ SETTINGS = [
     ("--world-size=two", "kandinsky-dist check: argument --world-size: invalid int value: 'two'; see kandinsky-dist check --help"),
     ("hello", "unexpected argument 'hello': settings are written --section.key value"),
 ]  # fmt: skip
-
-
-def matches(line: str, expected: str) -> bool:
-    """Whether a line is the expected one, in which * stands for anything."""
-    return re.fullmatch(".*".join(map(re.escape, expected.split("*"))), line) is not None
 
 
 @pytest.mark.parametrize(("setting", "expected"), SETTINGS)
