@@ -189,7 +189,8 @@ def _fetch(package: str) -> Path:
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode or not (Path(folder) / target.name).is_file():
             code = re.search(r"^npm \S+ code (\S+)", result.stderr, re.MULTILINE)
-            reason = code[1] if code else f"exit code {result.returncode}"
+            lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+            reason = code[1] if code else lines[-1]  # npm's last line only says where its log is
             if reason == "ENOSPC":
                 raise DiskFullError(f"no space left for {package} in {cache}; make room and retry")
             raise ConfigError(f"npm pack {package} failed ({reason}); check the network, {ALTERNATIVE}")
