@@ -35,7 +35,7 @@ LATENT_STD = 0.5
 """The decoder's scheduler clips x0 to [-1, 1] at inference: random latents get two sigmas of room."""
 
 ENCODER_FACTOR, ATTENTION_SCALE = 2.0, 3.0
-"""Scales of the random CLIP encoders: all weights over transformers' own, and the deviation of queries and
+"""Scales of the random image encoder: all weights over transformers' own, and the deviation of queries and
 keys, whatever the depth.
 
 A fresh CLIP tower attends almost evenly and makes nearly one vector of every picture. Over drawn pictures,
@@ -44,7 +44,9 @@ cosine between two pictures and effective rank (participation ratio of the norma
     tiny, 256 pictures, 64 dimensions     as initialised 0.987 and 3.9     so scaled 0.60 and 14.8
     small, 64 pictures, 320 dimensions    as initialised 0.990 and 3.1     so scaled 0.64 and 21.5
 
-Four times the weights gains little more (tiny: 0.50 and 15.7). November 2026, transformers 5.23.
+Four times the weights gains little more (tiny: 0.50 and 15.7). The text tower stays as transformers makes it:
+scaled alike, its mean state let a ridge regression explain 3% of the demo corpus's held-out image embeddings, as
+initialised 7 to 10%, where the bare words explain 24%. November 2026, transformers 5.23.
 """
 
 log = logging.getLogger(__name__)
@@ -143,10 +145,7 @@ def _write_prior(
     UnCLIPScheduler(**PRIOR_SCHEDULER).save_pretrained(folder / "scheduler")
 
     with _seeded(seed, "text_encoder"):
-        text_encoder = CLIPTextModelWithProjection(
-            CLIPTextConfig(**shapes.text_encoder, initializer_factor=ENCODER_FACTOR)
-        )
-    _sharpen_attention(text_encoder)
+        text_encoder = CLIPTextModelWithProjection(CLIPTextConfig(**shapes.text_encoder))
     _save(text_encoder, folder / "text_encoder", dtype)
     del text_encoder
 

@@ -23,7 +23,7 @@ class DecoderObjective:
     Attributes:
         image_encoder: frozen CLIPVisionModelWithProjection.
         movq: frozen VQModel; its latents are neither quantised nor scaled.
-        zero_embedding_D: embedding of a black image as the encoder sees zeros, the guidance branch's condition.
+        zero_embedding_D: the encoder's embedding of zeros, which the guidance branch is conditioned on.
         schedule: linear betas, epsilon prediction.
         clip_normalisation, movq_normalisation: pixel statistics of the two encoders.
         image_embedding_dropout: share of embeddings replaced by `zero_embedding_D`.

@@ -51,7 +51,9 @@ class NoiseSchedule:
     def target(self, clean: Tensor, noise: Tensor, timesteps_B: Tensor) -> Tensor:
         """What the model should have said.
 
-        Source: Salimans and Ho 2022 (arXiv 2202.00512), appendix D, for v = sqrt(abar) eps - sqrt(1 - abar) x_0.
+        v = sqrt(abar) eps - sqrt(1 - abar) x_0.
+
+        Source: Salimans and Ho 2022 (arXiv 2202.00512), appendix D, for v-prediction.
         """
         if self.prediction == "sample":
             return clean

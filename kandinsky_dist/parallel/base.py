@@ -72,8 +72,8 @@ class ModelPlan:
 class Strategy(ABC):
     """One engine.
 
-    Call order: `prepare` once; then for each step `num_micro` times `accumulate` around forward and `backward`,
-    and `step`.
+    Call order: `prepare` once; then for each step `num_micro` times `accumulate` around forward and
+    `backward`, and once `step`.
     """
 
     def __init__(self, config: Config, process: Process, *, num_micro: int, precision: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Both stages learn on the demo corpus: real pictures and captions, tiny networks, a minute of training each."""
+"""Both stages learn on the demo corpus: real pictures and captions, tiny networks, minutes."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ SETTINGS = (
     "optim.lr_scheduler=cosine",
     "optim.lr_warmup_steps=20",
     "telemetry.log_every_steps=20",
-    "validation.every_steps=100",
+    "validation.every_steps=200",
     "validation.num_samples=202",
 )
 
@@ -45,12 +45,15 @@ def demo(tmp_path_factory) -> Path:
     return out
 
 
-def run(stage: str, demo: Path, run_dir: Path, seed: int, num_steps: int) -> list[dict[str, float]]:
+def run(
+    stage: str, demo: Path, run_dir: Path, seed: int, num_steps: int, *settings: str
+) -> list[dict[str, float]]:
     done = forked.train(
         stage,
         *SETTINGS,
         f"run.seed={seed}",
         f"run.max_steps={num_steps}",
+        *settings,
         models=demo / "models",
         corpus=demo / "data",
         run_dir=run_dir,
@@ -64,13 +67,13 @@ def run(stage: str, demo: Path, run_dir: Path, seed: int, num_steps: int) -> lis
 
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
 def test_the_prior_beats_the_mean_embedding_and_listens_to_the_caption(seed, demo, tmp_path):
-    last = run("prior", demo, tmp_path, seed, 300)[-1]
+    last = run("prior", demo, tmp_path, seed, 600, "optim.learning_rate=2e-3")[-1]
     loss, wrong, mean = (
         last[f"validation_{name}"] for name in ("loss", "loss_wrong_captions", "loss_mean_embedding")
     )
     print(f"seed {seed}: loss {loss:.4f}, wrong captions {wrong:.4f}, mean embedding {mean:.4f}")
     assert loss < 0.5 * mean
-    assert wrong > 1.003 * loss
+    assert wrong > 1.01 * loss
 
 
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
