@@ -61,5 +61,5 @@ Try next:
   source $(realpath --relative-to=. "$VIRTUAL_ENV")/bin/activate
   kandinsky-dist generate --prior work/export/prior --decoder work/export/decoder --size 64 \\
     --prompt "a 3d emoji of a blue heart" --output work/heart.png
-  NPROC=$NPROC launch/local.sh train prior --config prior_tiny --parallel.strategy zero2 --run.max_steps 600
+  NPROC=$NPROC launch/local.sh train prior --config prior_tiny --parallel.strategy zero2 --run.max_steps 1200
 END

@@ -44,9 +44,9 @@ cosine between two pictures and effective rank (participation ratio of the norma
     tiny, 256 pictures, 64 dimensions     as initialised 0.987 and 3.9     so scaled 0.60 and 14.8
     small, 64 pictures, 320 dimensions    as initialised 0.990 and 3.1     so scaled 0.64 and 21.5
 
-Four times the weights gains little more (tiny: 0.50 and 15.7). The text tower stays as transformers makes it:
-scaled alike, its mean state let a ridge regression explain 3% of the demo corpus's held-out image embeddings, as
-initialised 7 to 10%, where the bare words explain 24%. November 2026, transformers 5.23.
+Four times the weights gains little more (tiny: 0.50 and 15.7). The text tower stays as transformers makes
+it: scaled alike, its mean state let a ridge regression explain 3% of the demo corpus's held-out image
+embeddings, as initialised 10%, where the bare words explain 24%. November 2026, transformers 5.23.
 """
 
 log = logging.getLogger(__name__)

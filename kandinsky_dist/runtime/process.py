@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from kandinsky_dist.config.ranks import read_ranks
-from kandinsky_dist.errors import ConfigError
+from kandinsky_dist.errors import ConfigError, StoppedError
 
 STARTUP_TIMEOUT = timedelta(minutes=30)
 
@@ -56,8 +56,12 @@ def joined() -> Iterator[Process]:
     )
     try:
         yield Process(ranks.rank, ranks.local_rank, ranks.world_size, device)
-    finally:
-        dist.destroy_process_group()
+    except Exception as error:
+        # After any other error the group is not left: that can wait for ranks that wait for this one.
+        if getattr(error, "exit_code", None) == StoppedError.exit_code:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _device(local_rank: int) -> torch.device:
