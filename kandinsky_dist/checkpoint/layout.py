@@ -191,7 +191,7 @@ class CheckpointReader:
             index += 1
         if position < stop:
             raise CheckpointError(f"{self.folder} ends at value {position} of {name}, {stop} are needed")
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+        return torch.cat(parts) if parts else torch.empty(0)
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:

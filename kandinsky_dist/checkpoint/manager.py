@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,8 @@ class CheckpointManager:
         """
         final = self._folder / folder_name(state.step)
         temporary = final.with_name(final.name + ".tmp")
-        if self._process.is_first:
-            self._attempt(lambda: _fresh(temporary))
-        else:
-            self._attempt(lambda: None)
+        is_first = self._process.is_first
+        self._attempt(lambda: _fresh(temporary) if is_first else None)
         name = f"rank_{self._process.rank:05d}.safetensors"
 
         def write() -> dict[str, Any]:
@@ -108,11 +106,9 @@ class CheckpointManager:
         try:
             mine = self._attempt(write)
             files = dict(agree.gather((name, mine)))
-            self._attempt(
-                (lambda: self._finish(temporary, final, files, state)) if self._process.is_first else None
-            )
+            self._attempt(lambda: self._finish(temporary, final, files, state) if is_first else None)
         except CheckpointError:
-            if self._process.is_first:
+            if is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
                 if not (final / COMMIT).exists():  # renamed, but no room for the last file
                     shutil.rmtree(final, ignore_errors=True)
@@ -194,19 +190,25 @@ class CheckpointManager:
         write_text(temporary / CONFIG, self._config_yaml)
         for name in (STATE, CONFIG):
             files[name] = checksum(temporary / name)
-        if final.exists():  # only a damaged one can be here: a whole one would have been resumed
+        if final.exists():  # a damaged one, or one of the steps that run.resume=PATH went back behind
             _remove(final)
         temporary.replace(final)
         sync(final.parent)
         write_text(final / COMMIT, json.dumps({"files": files}, indent=1) + "\n")
-        for old in checkpoints_of(self._folder)[self._keep :]:
-            _remove(old)
+        self._retain()
 
-    def _attempt(self, action: Any) -> Any:
+    def _retain(self) -> None:
+        """Removes what is older than the newest `keep` finished checkpoints; unfinished ones do not count."""
+        finished = [path for path in checkpoints_of(self._folder) if (path / COMMIT).exists()]
+        for path in checkpoints_of(self._folder):
+            if path not in finished[: self._keep]:
+                _remove(path)
+
+    def _attempt(self, action: Callable[[], Any]) -> Any:
         """Runs a rank's part of a collective save; one rank's failure is every rank's CheckpointError."""
         result, error = None, None
         try:
-            result = action() if action else None
+            result = action()
         except Exception as caught:
             error = caught
         failed = agree.first_error(error)
