@@ -1,0 +1,63 @@
+"""A DeepSpeed file is completed by what the run owns; a contradiction is one line that names the key."""
+
+import json
+
+import pytest
+
+from kandinsky_dist.config import loader
+from kandinsky_dist.errors import ConfigError
+from kandinsky_dist.parallel.ds_config import complete, shipped_file
+
+
+def settings_of(strategy, file=None, **values):
+    layers = [loader.Layer("test", {"parallel.strategy": strategy, **values})]
+    if file is not None:
+        layers.append(loader.Layer("test", {"parallel.ds_config": str(file)}))
+    return complete(loader.load("prior", None, layers).config, world_size=2, num_micro=4, is_bf16=True)
+
+
+@pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2", "zero3"])
+def test_the_shipped_file_is_completed(strategy):
+    found = settings_of(strategy, **{"parallel.bucket_mib": 10.0})
+    assert found["zero_optimization"]["stage"] == int(strategy[-1])
+    assert found["train_micro_batch_size_per_gpu"] * 2 * found["gradient_accumulation_steps"] == 64
+    assert found["bf16"]["enabled"] is True
+    assert found["zero_optimization"]["reduce_bucket_size"] == 10 * 2**20 // 2
+    assert found["gradient_clipping"] == (0.0 if strategy == "zero0" else 1.0)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_shipped_files_overlap_communication(strategy):
+    assert json.loads(shipped_file(strategy).read_text())["zero_optimization"]["overlap_comm"] is True
+
+
+def test_a_users_own_settings_stay_and_auto_means_the_runs(tmp_path):
+    file = tmp_path / "own.json"
+    file.write_text(
+        json.dumps(
+            {
+                "train_batch_size": "auto",
+                "zero_optimization": {"reduce_bucket_size": 123, "round_robin_gradients": True},
+            }
+        )
+    )
+    found = settings_of("zero2", file)
+    assert found["train_batch_size"] == 64
+    assert found["zero_optimization"]["reduce_bucket_size"] == 123
+    assert found["zero_optimization"]["round_robin_gradients"] is True
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ({"train_batch_size": 32}, r"train_batch_size=32, the run has 64 \(data\.global_batch_size\)"),
+        ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage=3, the run has 2"),
+        ({"bf16": {"enabled": False}}, r"bf16\.enabled=False, the run has True \(parallel\.precision\)"),
+        ({"optimizer": {"type": "AdamW"}}, r"sets optimizer, which optim\.\* owns"),
+    ],
+)
+def test_a_contradiction_is_one_line(content, line, tmp_path):
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=line):
+        settings_of("zero2", file)
