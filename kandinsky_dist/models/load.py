@@ -4,6 +4,7 @@ import functools
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ CONFIG_FILES = {"scheduler": "scheduler_config.json", "image_processor": "prepro
 WEIGHTLESS = ("scheduler", "image_processor", "tokenizer")
 WEIGHTS_NAMES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 STATISTICS = ("clip_mean", "clip_std")
+NUM_BLOCKS, BLOCK_BYTES = 256, 4096
+"""What `weights_fingerprint` reads of a file: 1 MiB, whatever its size."""
 
 
 def pipeline_folder(name_or_path: str, key: str, components: Sequence[str]) -> Path:
@@ -121,6 +124,29 @@ def weight_files(folder: Path, library: str, problem: str) -> list[Path]:
             f"{single.name}"
         )
     raise ConfigError(f"{problem} has no {folder.name}/{single.name}")
+
+
+def weights_fingerprint(folder: Path, components: Sequence[str]) -> str:
+    """Sha256 over some components' weight files: their sizes, and blocks of each from the first to the last.
+
+    Cheap for files of any size. Two trainings or two random initialisations differ; a change of a few values
+    may go unseen.
+
+    Args:
+        folder: pipeline folder, as `pipeline_folder` returned it.
+        components: those with weights.
+    """
+    digest = hashlib.sha256()
+    libraries = {name: item[0] for stage in COMPONENTS.values() for name, item in stage.items()}
+    for component in components:
+        for path in weight_files(folder / component, libraries[component], str(folder)):
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{component} {size}\n".encode())
+                for number in range(NUM_BLOCKS):
+                    file.seek(max(0, size - BLOCK_BYTES) * number // (NUM_BLOCKS - 1))
+                    digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def _tensor_shapes(folder: Path, library: str, problem: str) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,12 @@ from kandinsky_dist.data.plan import Plan
 from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.models import blocks
 from kandinsky_dist.models.frozen import clip_preprocessing, load_image_encoder, load_movq, load_text_encoder
-from kandinsky_dist.models.load import ModelSource, freeze_statistics, pipeline_folder
+from kandinsky_dist.models.load import (
+    ModelSource,
+    freeze_statistics,
+    pipeline_folder,
+    weights_fingerprint,
+)
 from kandinsky_dist.models.tokenizer import load_tokenizer
 from kandinsky_dist.objectives.base import Objective
 from kandinsky_dist.objectives.decoder import DecoderObjective
@@ -50,6 +55,11 @@ class Folders:
             pipeline_folder(config.model.prior, "model.prior", CONDITIONING_COMPONENTS),
             pipeline_folder(config.model.decoder, "model.decoder", DECODER_COMPONENTS),
         )
+
+    @property
+    def prior_networks(self) -> tuple[str, ...]:
+        """Those of the prior pipeline's networks that the stage reads."""
+        return ("prior", "text_encoder", "image_encoder") if self.decoder is None else ("image_encoder",)
 
     @property
     def source(self) -> ModelSource:
@@ -170,6 +180,12 @@ def training_manifest(config: Config) -> Manifest:
     return read_manifest(config.data.shards, "data.shards")
 
 
+def validation_manifest(config: Config) -> Manifest:
+    """The held-out corpus."""
+    assert config.validation.shards is not None
+    return read_manifest(config.validation.shards, "validation.shards")
+
+
 def identity(config: Config, folders: Folders, manifest: Manifest) -> dict[str, Any]:
     """Configuration key -> value or fingerprint that a resumed run must share with its checkpoint."""
     keys = [
@@ -184,5 +200,10 @@ def identity(config: Config, folders: Folders, manifest: Manifest) -> dict[str, 
     found["data.shards"] = f"corpus {manifest.fingerprint[:16]}"
     if config.model.variant == "lora":
         found["model.lora_rank"] = config.model.lora_rank
-    found[f"model.{config.stage}"] = f"architecture {folders.source.fingerprint[:16]}"
+    weights = {"model.prior": weights_fingerprint(folders.prior, folders.prior_networks)}
+    if folders.decoder is not None:
+        weights["model.decoder"] = weights_fingerprint(folders.decoder, ("unet", "movq"))
+    for key, fingerprint in weights.items():
+        found[key] = f"weights {fingerprint[:16]}"
+    found[f"model.{config.stage}"] += f" of architecture {folders.source.fingerprint[:16]}"
     return found

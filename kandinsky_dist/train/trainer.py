@@ -9,7 +9,6 @@ from kandinsky_dist.checkpoint.manager import CheckpointManager
 from kandinsky_dist.config.loader import Resolved
 from kandinsky_dist.config.resolve import num_micro, run_dir
 from kandinsky_dist.data.dataset import Batch
-from kandinsky_dist.data.manifest import read_manifest
 from kandinsky_dist.errors import DISK_FULL, ConfigError, DiskFullError, StoppedError
 from kandinsky_dist.faults.preempt import StopRequest
 from kandinsky_dist.optim.schedule import learning_rate
@@ -36,6 +35,8 @@ class Trainer:
         self.run_dir = run_dir(config)
         folders = build.Folders.of(config)
         manifest = build.training_manifest(config)
+        # All folders are looked at before anything slow is built.
+        held_out = build.validation_manifest(config) if config.validation.every_steps else None
         self.num_samples = manifest.num_samples
         self.checkpoints = CheckpointManager(
             self.run_dir,
@@ -54,8 +55,7 @@ class Trainer:
         self.objective = build.build_objective(config, folders, process.device, precision)
         self.loader = build.build_loader(config, folders, manifest, process, is_training=True)
         self.validation = None
-        if config.validation.every_steps:
-            held_out = read_manifest(str(config.validation.shards), "validation.shards")
+        if held_out is not None:
             self.validation = build.build_loader(config, folders, held_out, process, is_training=False)
         self.state = self.checkpoints.restore(self.strategy, checkpoint)
         self.losses = LossWindow(self.state.pending_losses)

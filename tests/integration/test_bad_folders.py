@@ -324,6 +324,15 @@ def another_architecture(places: dict[str, Path], scratch: Path) -> None:
     places["models"] = folder
 
 
+def another_text_encoder(places: dict[str, Path], scratch: Path) -> None:
+    """The same shapes and files, other weights: the prior would be asked about texts it has never seen."""
+    folder = Path(shutil.copytree(places["models"], scratch / "models"))
+    path = folder / "prior" / "text_encoder" / "model.safetensors"
+    weights = {name: tensor + 0.01 for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    places["models"] = folder
+
+
 @pytest.mark.parametrize(
     ("key", "new", "old", "change"),
     [
@@ -331,7 +340,8 @@ def another_architecture(places: dict[str, Path], scratch: Path) -> None:
         ("data.global_batch_size", "16", "8", None),
         ("data.caption_dropout", "0.3", "0.1", None),
         ("data.shards", "corpus *", "corpus *", another_corpus),
-        ("model.prior", "architecture *", "architecture *", another_architecture),
+        ("model.prior", "weights *", "weights *", another_architecture),
+        ("model.prior", "weights *", "weights *", another_text_encoder),
     ],
 )
 def test_a_run_folder_of_another_run(tiny_models, small_corpus, trained, tmp_path, key, new, old, change):
