@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kandinsky_dist.errors import CheckpointError
 from kandinsky_dist.parallel.base import FRAGMENT_KINDS, Fragment
+from kandinsky_dist.runtime.disk import sync, write_whole
 
 COMMIT = "COMMIT"
 STATE = "state.json"
@@ -79,37 +80,15 @@ def write_fragments(path: Path, fragments: Sequence[Fragment]) -> None:
     sync(path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file so that it is there whole or not at all, durable on return."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text)
-        sync(temporary)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
 def write_state(path: Path, saved: SavedState) -> None:
     """Writes state.json."""
-    write_text(path, json.dumps(asdict(saved), indent=1) + "\n")
+    write_whole(path, json.dumps(asdict(saved), indent=1) + "\n")
 
 
 def read_state(folder: Path) -> SavedState:
     """Reads state.json."""
     tree = json.loads((folder / STATE).read_text())
     return SavedState(RunState(**tree["run"]), tree["identity"], tree["versions"])
-
-
-def sync(path: Path) -> None:
-    """Forces a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checksum(path: Path) -> dict[str, Any]:

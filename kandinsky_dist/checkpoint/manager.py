@@ -18,14 +18,13 @@ from kandinsky_dist.checkpoint.layout import (
     checksum,
     damage,
     folder_name,
-    sync,
     write_fragments,
     write_state,
-    write_text,
 )
 from kandinsky_dist.errors import CheckpointError, ConfigError
 from kandinsky_dist.parallel.base import Strategy
 from kandinsky_dist.runtime import agree
+from kandinsky_dist.runtime.disk import sync, write_whole
 from kandinsky_dist.runtime.logs import say
 from kandinsky_dist.runtime.process import Process
 
@@ -187,14 +186,14 @@ class CheckpointManager:
 
     def _finish(self, temporary: Path, final: Path, files: dict[str, Any], state: RunState) -> None:
         write_state(temporary / STATE, SavedState(state, self._identity, _versions()))
-        write_text(temporary / CONFIG, self._config_yaml)
+        write_whole(temporary / CONFIG, self._config_yaml)
         for name in (STATE, CONFIG):
             files[name] = checksum(temporary / name)
         if final.exists():  # a damaged one, or one of the steps that run.resume=PATH went back behind
             _remove(final)
         temporary.replace(final)
         sync(final.parent)
-        write_text(final / COMMIT, json.dumps({"files": files}, indent=1) + "\n")
+        write_whole(final / COMMIT, json.dumps({"files": files}, indent=1) + "\n")
         self._retain()
 
     def _retain(self) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kandinsky_dist.data.patterns import resolve_shards
-from kandinsky_dist.data.shard_index import write_atomically
 from kandinsky_dist.errors import DataError
+from kandinsky_dist.runtime.disk import write_whole
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_VERSION = 1
@@ -72,7 +72,7 @@ def write_manifest(root: Path, shards: Iterable[Shard]) -> Manifest:
         "fingerprint": manifest.fingerprint,
         "shards": [asdict(shard) for shard in manifest.shards],
     }
-    write_atomically(root / MANIFEST_NAME, (json.dumps(content, indent=1) + "\n").encode())
+    write_whole(root / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
     return manifest
 
 

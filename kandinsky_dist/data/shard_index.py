@@ -4,7 +4,6 @@ Letters of shapes: N samples of a shard, E extensions.
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy.typing as npt
 import safetensors.numpy
 
 from kandinsky_dist.errors import DataError
+from kandinsky_dist.runtime.disk import write_whole
 
 SIDECAR_VERSION = "1"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -74,7 +74,7 @@ def write_shard_index(
         },
         {**metadata, "extensions": json.dumps(extensions), "version": SIDECAR_VERSION},
     )
-    write_atomically(sidecar_path(tar), data)
+    write_whole(sidecar_path(tar), data)
 
 
 def read_shard_index(tar: Path) -> ShardIndex:
@@ -113,14 +113,3 @@ def read_shard_index(tar: Path) -> ShardIndex:
         raise DataError(
             f"{path} cannot be read ({error}); run: kandinsky-dist data index {tar.parent}"
         ) from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file under another name and renames it, so that a reader sees all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kandinsky_dist.errors import DISK_FULL, ConfigError, DiskFullError
+from kandinsky_dist.runtime.disk import sync
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield partial
         for path in partial.rglob("*"):
             if path.is_file():
-                _flush(path)
+                sync(path)  # the bytes reach the disk before the folder gets its name
         partial.rename(out)
     except (OSError, SafetensorError) as error:
         # safetensors has an error of its own, with the number in its text.
@@ -48,12 +49,3 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """The file's bytes reach the disk before its folder gets its name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from statistics import fmean
 
-from kandinsky_dist.checkpoint.layout import write_text
 from kandinsky_dist.checkpoint.manager import CheckpointManager
 from kandinsky_dist.config.loader import Resolved
 from kandinsky_dist.config.resolve import num_micro, run_dir
@@ -15,6 +14,7 @@ from kandinsky_dist.optim.schedule import learning_rate
 from kandinsky_dist.parallel.base import StepOutcome
 from kandinsky_dist.parallel.select import engine_precision, select
 from kandinsky_dist.runtime import agree
+from kandinsky_dist.runtime.disk import write_whole
 from kandinsky_dist.runtime.logs import say
 from kandinsky_dist.runtime.process import Process
 from kandinsky_dist.telemetry.meter import Meter
@@ -184,7 +184,7 @@ class Trainer:
         """Makes the run folder and writes the resolved configuration. Rank 0 only."""
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_text(self.run_dir / "config.yaml", config_yaml)
+            write_whole(self.run_dir / "config.yaml", config_yaml)
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise DiskFullError(
