@@ -3,9 +3,14 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from kandinsky_dist.data.dataset import Batch
+from kandinsky_dist.runtime import rng
+from kandinsky_dist.runtime.hashing import Stream
+
+NUM_HELD_OUT_DRAWS = 4
 
 
 @dataclass(frozen=True)
@@ -23,17 +28,47 @@ class Prepared:
     conditions: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Which of `count` draws of noise and timestep a sample gets; training has one.
+
+    The timesteps of a sample's draws are spread evenly over the diffusion: a held-out loss over a few hundred
+    samples otherwise depends more on their timesteps than on the model.
+    """
+
+    number: int = 0
+    count: int = 1
+
+    def timesteps(self, seed: int, positions_B: Tensor, num_timesteps: int) -> Tensor:
+        """int64 (B,) in [0, num_timesteps)."""
+        first_B = rng.integers(seed, Stream.TIMESTEP, positions_B, num_timesteps)
+        return (first_B + num_timesteps * self.number // self.count) % num_timesteps
+
+    def noise(self, seed: int, positions_B: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal fp32 (B, *shape)."""
+        return rng.normal(seed, Stream.NOISE, positions_B + (self.number << 48), shape)
+
+
+TRAINING_DRAW = Draw()
+
+
 class Objective(Protocol):
     """A stage's loss."""
 
     def prepare(self, batch: Batch) -> Prepared:
         """Runs the frozen encoders. No gradient, no host sync."""
 
-    def losses(self, model: nn.Module, prepared: Prepared) -> Tensor:
+    def losses(self, model: nn.Module, prepared: Prepared, *, draw: Draw = TRAINING_DRAW) -> Tensor:
         """Each sample's loss, fp32 (B,). No host sync."""
 
     def evaluate(self, model: nn.Module, prepared: Prepared) -> dict[str, Tensor]:
         """Each sample's validation figures by name, fp32 (B,); "loss" is among them."""
+
+
+def mean_losses(objective: Objective, model: nn.Module, prepared: Prepared) -> Tensor:
+    """Each sample's loss, fp32 (B,), averaged over the held-out draws."""
+    draws = [Draw(number, NUM_HELD_OUT_DRAWS) for number in range(NUM_HELD_OUT_DRAWS)]
+    return torch.stack([objective.losses(model, prepared, draw=draw) for draw in draws]).mean(0)
 
 
 def roll_conditions(prepared: Prepared) -> Prepared:

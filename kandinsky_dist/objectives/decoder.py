@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky_dist.data.dataset import Batch
-from kandinsky_dist.objectives.base import Prepared, roll_conditions
+from kandinsky_dist.objectives.base import TRAINING_DRAW, Draw, Prepared, mean_losses, roll_conditions
 from kandinsky_dist.objectives.noise import NoiseSchedule, sample_losses
 from kandinsky_dist.objectives.pixels import Normalisation
 from kandinsky_dist.runtime import rng
@@ -54,7 +54,7 @@ class DecoderObjective:
             conditions={"image_embeds": embeds_BD.to(torch.float32)},
         )
 
-    def losses(self, model: nn.Module, prepared: Prepared) -> Tensor:
+    def losses(self, model: nn.Module, prepared: Prepared, *, draw: Draw = TRAINING_DRAW) -> Tensor:
         """fp32 (B,): squared error of the predicted noise; the model's variance channels are not trained."""
         positions_B = prepared.positions_B
         embeds_BD = prepared.conditions["image_embeds"]
@@ -62,8 +62,8 @@ class DecoderObjective:
             rng.uniform(self.seed, Stream.IMAGE_DROPOUT, positions_B) < self.image_embedding_dropout
         )
         embeds_BD = torch.where(is_dropped_B[:, None], self.zero_embedding_D, embeds_BD)
-        timesteps_B = rng.integers(self.seed, Stream.TIMESTEP, positions_B, self.schedule.num_timesteps)
-        noise_BCHW = rng.normal(self.seed, Stream.NOISE, positions_B, tuple(prepared.clean.shape[1:]))
+        timesteps_B = draw.timesteps(self.seed, positions_B, self.schedule.num_timesteps)
+        noise_BCHW = draw.noise(self.seed, positions_B, tuple(prepared.clean.shape[1:]))
         predicted_BCHW = model(
             sample=self.schedule.add_noise(prepared.clean, noise_BCHW, timesteps_B),
             timestep=timesteps_B,
@@ -79,6 +79,6 @@ class DecoderObjective:
         """The unweighted loss without dropout, with the right embeddings and with wrong ones."""
         plain = replace(self, snr_gamma=None, image_embedding_dropout=0.0)
         return {
-            "loss": plain.losses(model, prepared),
-            "loss_wrong_embeddings": plain.losses(model, roll_conditions(prepared)),
+            "loss": mean_losses(plain, model, prepared),
+            "loss_wrong_embeddings": mean_losses(plain, model, roll_conditions(prepared)),
         }

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky_dist.data.dataset import Batch
-from kandinsky_dist.objectives.base import Prepared, roll_conditions
+from kandinsky_dist.objectives.base import TRAINING_DRAW, Draw, Prepared, mean_losses, roll_conditions
 from kandinsky_dist.objectives.noise import NoiseSchedule, sample_losses
 from kandinsky_dist.objectives.pixels import Normalisation
-from kandinsky_dist.runtime import rng
-from kandinsky_dist.runtime.hashing import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +59,10 @@ class PriorObjective:
             },
         )
 
-    def losses(self, model: nn.Module, prepared: Prepared) -> Tensor:
+    def losses(self, model: nn.Module, prepared: Prepared, *, draw: Draw = TRAINING_DRAW) -> Tensor:
         """fp32 (B,): squared error of the predicted clean embedding at a timestep drawn by position."""
-        timesteps_B = rng.integers(
-            self.seed, Stream.TIMESTEP, prepared.positions_B, self.schedule.num_timesteps
-        )
-        noise_BD = rng.normal(self.seed, Stream.NOISE, prepared.positions_B, tuple(prepared.clean.shape[1:]))
+        timesteps_B = draw.timesteps(self.seed, prepared.positions_B, self.schedule.num_timesteps)
+        noise_BD = draw.noise(self.seed, prepared.positions_B, tuple(prepared.clean.shape[1:]))
         predicted_BD = model(
             hidden_states=self.schedule.add_noise(prepared.clean, noise_BD, timesteps_B),
             timestep=timesteps_B,
@@ -79,7 +75,7 @@ class PriorObjective:
         """The unweighted loss with the right captions, with wrong ones, and of always saying the mean."""
         plain = replace(self, snr_gamma=None)
         return {
-            "loss": plain.losses(model, prepared),
-            "loss_wrong_captions": plain.losses(model, roll_conditions(prepared)),
+            "loss": mean_losses(plain, model, prepared),
+            "loss_wrong_captions": mean_losses(plain, model, roll_conditions(prepared)),
             "loss_mean_embedding": prepared.clean.square().mean(1),
         }

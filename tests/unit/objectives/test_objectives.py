@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.objective import Recorder, configuration, loader_of, objective_of
 
-from kandinsky_dist.objectives.base import Prepared, roll_conditions
+from kandinsky_dist.objectives.base import NUM_HELD_OUT_DRAWS, Draw, Prepared, roll_conditions
 
 
 @pytest.fixture(scope="module", params=["prior", "decoder"])
@@ -53,9 +53,12 @@ def test_validation_has_neither_weights_nor_dropout(stage, objective, batch):
     prepared = objective.prepare(batch)
     recorder = Recorder()
     figures = objective.evaluate(recorder, prepared)
-    right, wrong = recorder.calls
-    assert torch.equal(right.noised, wrong.noised)
-    assert torch.equal(right.timesteps_B, wrong.timesteps_B)
+    assert len(recorder.calls) == 2 * NUM_HELD_OUT_DRAWS
+    for right, wrong in zip(
+        recorder.calls[:NUM_HELD_OUT_DRAWS], recorder.calls[NUM_HELD_OUT_DRAWS:], strict=True
+    ):
+        assert torch.equal(right.noised, wrong.noised)
+        assert torch.equal(right.timesteps_B, wrong.timesteps_B)
     key = "proj_embedding" if stage == "prior" else "image_embeds"
     given = [
         call.conditions if stage == "prior" else call.conditions["added_cond_kwargs"]
@@ -64,7 +67,11 @@ def test_validation_has_neither_weights_nor_dropout(stage, objective, batch):
     assert torch.equal(given[0][key], prepared.conditions[key])
     assert torch.equal(given[1][key], prepared.conditions[key].roll(1, 0))
     unweighted = replace(objective, snr_gamma=None)
-    torch.testing.assert_close(figures["loss"], unweighted.losses(Recorder(), prepared))
+    each = [
+        unweighted.losses(Recorder(), prepared, draw=Draw(number, NUM_HELD_OUT_DRAWS))
+        for number in range(NUM_HELD_OUT_DRAWS)
+    ]
+    torch.testing.assert_close(figures["loss"], torch.stack(each).mean(0))
     if stage == "prior":
         torch.testing.assert_close(figures["loss_mean_embedding"], figures["loss"])  # the recorder says 0
 
