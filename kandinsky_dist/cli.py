@@ -13,7 +13,7 @@ from kandinsky_dist.config import launch_env, loader, resolve
 from kandinsky_dist.config.ranks import read_ranks
 from kandinsky_dist.config.schema import SECTIONS, STAGES
 from kandinsky_dist.errors import ConfigError, explained
-from kandinsky_dist.runtime.logs import say_failure
+from kandinsky_dist.runtime.logs import say, say_failure
 
 SIZES = ("tiny", "small", "full")
 
@@ -234,9 +234,14 @@ def _add_models(commands: Any) -> None:
             from kandinsky_dist.data.sampling import first_pictures
 
             images = first_pictures(arguments.clip_statistics, num_samples=512, side=224, batch_size=64)
-        initialise(
+        is_new = initialise(
             arguments.size, arguments.out, seed=arguments.seed, tokenizer=arguments.tokenizer, images=images
         )
+        if not is_new:
+            say(
+                f"{arguments.out} holds {arguments.size} networks of seed {arguments.seed}: kept, "
+                "statistics included; remove it to make them anew"
+            )
 
     parser = _command(
         group,

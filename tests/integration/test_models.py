@@ -285,3 +285,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tiny_models, tmp_path
         "nothing was kept"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_init_says_that_it_keeps_what_stands(tiny_models, capsys):
+    from kandinsky_dist import cli
+
+    assert cli.main(["models", "init", "--size", "tiny", str(tiny_models)]) == 0
+    line = (
+        f"{tiny_models} holds tiny networks of seed 0: kept, statistics included; remove it to make them anew"
+    )
+    assert line in capsys.readouterr().err
