@@ -27,6 +27,10 @@ class DataError(KandinskyError):
     exit_code = 65
 
 
+class SampleError(DataError):
+    """One sample that is damaged or lacks a part, wherever and whenever it is read: training replaces it."""
+
+
 class CheckpointError(KandinskyError):
     """A checkpoint or export that cannot be written, read or trusted (exit 1)."""
 

@@ -1,191 +1,225 @@
-"""What a corpus consists of: each folder of shards has a manifest, which is read instead of the shards."""
+"""What a corpus consists of: its manifest is read instead of the shards, whose number is not bounded.
+
+Letters of shapes: S shards, A aspect buckets, N samples.
+"""
 
 import hashlib
-import json
-import logging
-import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import safetensors.numpy
 
-from kandinsky_dist.data.patterns import resolve_shards
+from kandinsky_dist.data.aspects import ASPECTS, NUM_ASPECTS
+from kandinsky_dist.data.locations import Texts, base_name, join
+from kandinsky_dist.data.shard_index import mapped, read_header
 from kandinsky_dist.errors import DataError
 from kandinsky_dist.runtime.disk import write_whole
 
-MANIFEST_NAME = "manifest.json"
-MANIFEST_VERSION = 1
-
-logger = logging.getLogger(__name__)
+MANIFEST_NAME = "manifest.safetensors"
+MANIFEST_VERSION = "2"
+FINGERPRINT_BYTES = 32
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar. `path` is relative to the manifest's folder, `fingerprint` that of `tarwalk.TarTable`."""
+    """One tar and its sidecar, each relative to the manifest's folder, absolute or a URL.
 
-    path: str
+    Attributes:
+        fingerprint: hexadecimal, that of `tarwalk.TarTable`.
+        aspect_counts: samples in each aspect bucket.
+    """
+
+    tar: str
+    sidecar: str
     num_samples: int
     num_bytes: int
     fingerprint: str
+    aspect_counts: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Manifest:
-    """The shards of a corpus in their order."""
+    """The shards of a corpus in their order, by columns.
 
-    root: Path
-    shards: tuple[Shard, ...]
+    Attributes:
+        root: folder or URL that locations are relative to.
+        tars, sidecars: where each shard and its index lie.
+        num_samples_S: samples of each shard that belong to the corpus.
+        num_bytes_S: length of each tar.
+        fingerprints_SF: of the tars, 32 bytes each.
+        aspect_counts_SA: samples of each shard in each aspect bucket.
+        selected_N: the samples' numbers inside their shards, shard by shard and ascending, if the corpus is
+            only a part of them; None if it is all.
+    """
 
-    @cached_property
-    def shard_sizes(self) -> npt.NDArray[np.int64]:
-        """Samples of each shard, int64."""
-        return np.array([shard.num_samples for shard in self.shards], np.int64)
+    root: str
+    tars: Texts
+    sidecars: Texts
+    num_samples_S: npt.NDArray[np.int64]
+    num_bytes_S: npt.NDArray[np.int64]
+    fingerprints_SF: npt.NDArray[np.uint8]
+    aspect_counts_SA: npt.NDArray[np.int64]
+    selected_N: npt.NDArray[np.uint32] | None = None
+
+    @classmethod
+    def of(
+        cls, root: str | Path, shards: Sequence[Shard], selected_N: npt.NDArray[np.uint32] | None = None
+    ) -> "Manifest":
+        """A manifest of these shards."""
+        prints = b"".join(bytes.fromhex(shard.fingerprint) for shard in shards)
+        return cls(
+            str(root),
+            Texts.of([shard.tar for shard in shards]),
+            Texts.of([shard.sidecar for shard in shards]),
+            np.array([shard.num_samples for shard in shards], np.int64),
+            np.array([shard.num_bytes for shard in shards], np.int64),
+            np.frombuffer(prints, np.uint8).reshape(len(shards), FINGERPRINT_BYTES),
+            np.array([shard.aspect_counts for shard in shards], np.int64).reshape(len(shards), NUM_ASPECTS),
+            selected_N,
+        )
+
+    def __len__(self) -> int:
+        return len(self.tars)
 
     @cached_property
     def num_samples(self) -> int:
         """Samples of all shards."""
-        return int(self.shard_sizes.sum())
+        return int(self.num_samples_S.sum())
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over names, sizes and fingerprints of the shards; the same wherever the folder lies."""
+        """sha256 over names and fingerprints of the shards and what was selected; the same wherever they lie."""
         digest = hashlib.sha256()
-        for shard in self.shards:
-            name = PurePosixPath(shard.path).name
-            digest.update(f"{name}\0{shard.num_samples}\0{shard.fingerprint}\n".encode())
+        digest.update("\n".join(base_name(tar) for tar in self.tars).encode("utf-8", "surrogateescape"))
+        for column in (self.num_samples_S, self.fingerprints_SF, self.aspect_counts_SA, self.selected_N):
+            digest.update(b"-" if column is None else np.ascontiguousarray(column))
         return digest.hexdigest()
 
-    def shard_path(self, shard: int) -> Path:
-        """Where the tar of a shard lies."""
-        return self.root / self.shards[shard].path
+    @cached_property
+    def selected_ends_S(self) -> npt.NDArray[np.int64]:
+        """Where each shard's part of `selected_N` ends."""
+        return np.cumsum(self.num_samples_S)
+
+    def shard(self, shard: int) -> Shard:
+        """All that the manifest says of a shard."""
+        return Shard(
+            self.tars[shard],
+            self.sidecars[shard],
+            int(self.num_samples_S[shard]),
+            int(self.num_bytes_S[shard]),
+            self.fingerprints_SF[shard].tobytes().hex(),
+            tuple(self.aspect_counts_SA[shard].tolist()),
+        )
+
+    def tar(self, shard: int) -> str:
+        """Where a shard's tar lies."""
+        return join(self.root, self.tars[shard])
+
+    def sidecar(self, shard: int) -> str:
+        """Where a shard's sidecar lies."""
+        return join(self.root, self.sidecars[shard])
+
+    def selected(self, shard: int) -> npt.NDArray[np.uint32] | None:
+        """Numbers inside the tar of a shard's samples, ascending; None for all of them."""
+        if self.selected_N is None:
+            return None
+        end = int(self.selected_ends_S[shard])
+        return self.selected_N[end - int(self.num_samples_S[shard]) : end]
+
+    def name(self, shard: int, key: str) -> str:
+        """How messages call a sample."""
+        return f"{self.tars[shard]}:{key}"
 
 
-def write_manifest(root: Path, shards: Iterable[Shard]) -> Manifest:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes a folder's manifest, whole or not at all."""
-    manifest = Manifest(root, tuple(shards))
-    content = {
-        "version": MANIFEST_VERSION,
-        "num_samples": manifest.num_samples,
-        "fingerprint": manifest.fingerprint,
-        "shards": [asdict(shard) for shard in manifest.shards],
+    columns = {
+        "tar_bytes": manifest.tars.text_bytes,
+        "tar_ends": manifest.tars.ends,
+        "sidecar_bytes": manifest.sidecars.text_bytes,
+        "sidecar_ends": manifest.sidecars.ends,
+        "num_samples": manifest.num_samples_S,
+        "num_bytes": manifest.num_bytes_S,
+        "fingerprints": manifest.fingerprints_SF,
+        "aspect_counts": manifest.aspect_counts_SA,
     }
-    write_whole(root / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
-    return manifest
+    if manifest.selected_N is not None:
+        columns["selected"] = manifest.selected_N
+    about = {
+        "version": MANIFEST_VERSION,
+        "aspects": " ".join(f"{aspect:.6f}" for aspect in ASPECTS),
+        "num_samples": str(manifest.num_samples),
+        "num_shards": str(len(manifest)),
+        "fingerprint": manifest.fingerprint,
+    }
+    data = safetensors.numpy.save({name: np.ascontiguousarray(column) for name, column in columns.items()}, about)
+    write_whole(folder / MANIFEST_NAME, data)
 
 
-def read_folder_manifest(folder: Path) -> Manifest:
+def load_manifest(root: str, remedy: str, data: bytes | None = None) -> Manifest:
     """A folder's manifest as it was written, without a look at the shards.
+
+    Args:
+        root: the folder, or the URL that `data` was fetched below.
+        remedy: what makes it anew, a command.
+        data: content of a manifest that is not a local file.
 
     Raises:
         DataError: no manifest, or not one of ours.
     """
-    path = folder / MANIFEST_NAME
-    remedy = f"run: kandinsky-dist data index {folder}"
+    location = join(root, MANIFEST_NAME)
     try:
-        content = json.loads(path.read_bytes())
-        if content["version"] != MANIFEST_VERSION:
-            raise ValueError(f"version {content['version']}, this program reads {MANIFEST_VERSION}")
-        shards = tuple(
-            Shard(str(row["path"]), int(row["num_samples"]), int(row["num_bytes"]), str(row["fingerprint"]))
-            for row in content["shards"]
+        content = np.frombuffer(data, np.uint8) if data is not None else mapped(location)
+        header, start = read_header(content)
+        version = header["__metadata__"]["version"]
+        if version != MANIFEST_VERSION:
+            raise ValueError(f"version {version}, this program reads {MANIFEST_VERSION}")
+
+        def column(name: str, dtype: type) -> npt.NDArray:
+            begin, end = header[name]["data_offsets"]
+            return content[start + begin : start + end].view(dtype).reshape(header[name]["shape"])
+
+        return Manifest(
+            root,
+            Texts(column("tar_bytes", np.uint8), column("tar_ends", np.int64)),
+            Texts(column("sidecar_bytes", np.uint8), column("sidecar_ends", np.int64)),
+            column("num_samples", np.int64),
+            column("num_bytes", np.int64),
+            column("fingerprints", np.uint8),
+            column("aspect_counts", np.int64),
+            column("selected", np.uint32) if "selected" in header else None,
         )
     except FileNotFoundError:
-        raise DataError(f"{folder} has no {MANIFEST_NAME}; {remedy}") from None
+        raise DataError(f"{root} has no {MANIFEST_NAME}; run: {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); {remedy}") from error
-    return Manifest(folder, shards)
+        raise DataError(f"{location} cannot be read ({error}); run: {remedy}") from error
 
 
-def read_manifest(shards: str, key: str = "shards") -> Manifest:
-    """Finds a corpus and makes sure, without opening its shards, that they are all there.
-
-    Args:
-        shards: folder of tars, glob, brace pattern `train-{000..012}.tar` or list file (.txt, one path a
-            line); the tars' folders must have been indexed.
-        key: the setting that named it, for messages: "data.shards".
-
-    Raises:
-        DataError: nothing there, no manifest, a shard missing or of another size, no samples.
-    """
-    if Path(shards).is_dir():
-        selected = [_whole_folder(Path(shards), key)]
-    else:
-        selected = _select(f"{key}={shards}", resolve_shards(shards, key))
-    rows = [(part.root / shard.path, shard) for part in selected for shard in part.shards]
-    _check_sizes(f"{key}={shards}", rows)
-    roots = {part.root for part in selected}
-    if len(roots) == 1:
-        manifest = Manifest(roots.pop(), tuple(shard for _, shard in rows))
-    else:
-        root = Path(os.path.commonpath([path.absolute() for path, _ in rows]))
-        moved = [
-            Shard(
-                path.absolute().relative_to(root).as_posix(), row.num_samples, row.num_bytes, row.fingerprint
-            )
-            for path, row in rows
-        ]
-        manifest = Manifest(root, tuple(moved))
-    if manifest.num_samples == 0:
-        raise DataError(f"{key}={shards} has {len(manifest.shards)} shards but no samples")
-    return manifest
-
-
-def _whole_folder(folder: Path, key: str) -> Manifest:
-    tars = {path.name for path in resolve_shards(str(folder), key)}
-    manifest = read_folder_manifest(folder)
-    unlisted = sorted(tars - {shard.path for shard in manifest.shards})
-    if unlisted:
-        # Not an error: a corpus may grow while a run that was started on less of it is being resumed.
-        logger.warning(
-            "%d shards in %s are not in its manifest nor used, first %s; run: kandinsky-dist data index %s",
-            len(unlisted),
-            folder,
-            unlisted[0],
-            folder,
-        )
-    return manifest
-
-
-def _select(problem: str, paths: list[Path]) -> list[Manifest]:
-    """One single-shard manifest per path, from the manifests of the folders that the paths lie in."""
-    missing = [path for path in paths if not path.exists()]
-    if missing:
-        raise DataError(_missing(problem, missing, len(paths)))
-    known = {
-        folder: {row.path: row for row in read_folder_manifest(folder).shards}
-        for folder in dict.fromkeys(path.parent for path in paths)
-    }
-    strangers = [path for path in paths if path.name not in known[path.parent]]
-    if strangers:
-        raise DataError(
-            f"{len(strangers)} of {len(paths)} shards are not in a {MANIFEST_NAME}, first {strangers[0]}; "
-            f"run: kandinsky-dist data index {strangers[0].parent}"
-        )
-    return [Manifest(path.parent, (known[path.parent][path.name],)) for path in paths]
-
-
-def _check_sizes(problem: str, rows: list[tuple[Path, Shard]]) -> None:
-    missing = []
-    for path, shard in rows:
-        try:
-            num_bytes = path.stat().st_size
-        except OSError:
-            missing.append(path)
-            continue
-        if num_bytes != shard.num_bytes:
-            raise DataError(
-                f"{path} has {num_bytes} bytes, its manifest says {shard.num_bytes}: changed or cut short; "
-                f"copy it again, or run: kandinsky-dist data index {path.parent}"
-            )
-    if missing:
-        raise DataError(_missing(problem, missing, len(rows)))
-
-
-def _missing(problem: str, missing: list[Path], num_shards: int) -> str:
-    return (
-        f"{problem}: {len(missing)} of {num_shards} shards are missing, first {missing[0]}; "
-        "copy them again, or index what is there"
+def concatenate(manifests: Sequence[Manifest]) -> Manifest:
+    """Several corpora as one whose shards are numbered through. Locations become absolute."""
+    if len(manifests) == 1:
+        return manifests[0]
+    selected_N = None
+    if any(manifest.selected_N is not None for manifest in manifests):
+        selected_N = np.concatenate([_selected_or_all(manifest) for manifest in manifests])
+    return Manifest(
+        "",
+        Texts.of([manifest.tar(shard) for manifest in manifests for shard in range(len(manifest))]),
+        Texts.of([manifest.sidecar(shard) for manifest in manifests for shard in range(len(manifest))]),
+        np.concatenate([manifest.num_samples_S for manifest in manifests]),
+        np.concatenate([manifest.num_bytes_S for manifest in manifests]),
+        np.concatenate([manifest.fingerprints_SF for manifest in manifests]),
+        np.concatenate([manifest.aspect_counts_SA for manifest in manifests]),
+        selected_N,
     )
+
+
+def _selected_or_all(manifest: Manifest) -> npt.NDArray[np.uint32]:
+    if manifest.selected_N is not None:
+        return manifest.selected_N
+    starts = manifest.selected_ends_S - manifest.num_samples_S
+    return (np.arange(manifest.num_samples) - np.repeat(starts, manifest.num_samples_S)).astype(np.uint32)
