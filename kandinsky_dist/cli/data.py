@@ -1,0 +1,62 @@
+"""Commands that make, index, look at and pack shards."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from kandinsky_dist.cli.arguments import command, group
+
+
+def add_data(commands: Any) -> None:
+    """Adds the commands."""
+    commands = group(commands, "data", "Makes, indexes and packs tar shards.")
+
+    def demo(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.data.corpus import build_demo
+
+        build_demo(arguments.out, image_size=arguments.image_size, max_samples=arguments.max_samples)
+
+    parser = command(
+        commands, "demo", demo, "Builds the demo corpus: OUT/train and OUT/validation (needs npm)."
+    )
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--image-size", type=int, default=128, help="side of the pictures, pixels")
+    parser.add_argument("--max-samples", type=int, help="an even subset of so many samples")
+
+    def pack(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.data.pack import pack
+
+        pack(
+            arguments.source,
+            arguments.out,
+            samples_per_shard=arguments.samples_per_shard,
+            image_column=arguments.image_column,
+            caption_column=arguments.caption_column,
+        )
+
+    parser = command(
+        commands, "pack", pack, "Packs a folder of images and captions into tar shards with a manifest."
+    )
+    parser.add_argument(
+        "source", type=Path, help="folder with metadata.jsonl or .csv, or with sidecar .txt captions"
+    )
+    parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples a tar")
+    parser.add_argument("--image-column", help="metadata's column of image paths (None: file_name or image)")
+    parser.add_argument("--caption-column", default="text", help="metadata's column of captions")
+
+    def index(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.data.index import index_shards
+
+        manifest = index_shards(arguments.shards, num_processes=arguments.num_processes)
+        print(
+            f"{manifest.num_samples:,} samples in {len(manifest):,} shards, "
+            f"fingerprint {manifest.fingerprint[:16]}"
+        )
+
+    parser = command(
+        commands, "index", index, "Writes the manifest of existing shards; started again it continues."
+    )
+    parser.add_argument("shards", help="folder, glob, brace pattern or list file (.txt)")
+    parser.add_argument("--num-processes", type=int, default=os.cpu_count() or 1, help="readers side by side")
