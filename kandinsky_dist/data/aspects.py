@@ -26,4 +26,8 @@ def view_size(aspect: int, resolution: int, multiple: int) -> tuple[int, int]:
     if aspect in (WHOLE, SQUARE):
         return resolution, resolution
     height, width = resolution * ASPECTS[aspect] ** -0.5, resolution * ASPECTS[aspect] ** 0.5
-    return tuple(max(multiple, round(side / multiple) * multiple) for side in (height, width))  # type: ignore[return-value]
+    return _rounded(height, multiple), _rounded(width, multiple)
+
+
+def _rounded(side: float, multiple: int) -> int:
+    return max(multiple, round(side / multiple) * multiple)

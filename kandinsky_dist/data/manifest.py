@@ -96,7 +96,7 @@ class Manifest:
         digest = hashlib.sha256()
         digest.update("\n".join(base_name(tar) for tar in self.tars).encode("utf-8", "surrogateescape"))
         for column in (self.num_samples_S, self.fingerprints_SF, self.aspect_counts_SA, self.selected_N):
-            digest.update(b"-" if column is None else np.ascontiguousarray(column))
+            digest.update(b"-" if column is None else np.ascontiguousarray(column).data)
         return digest.hexdigest()
 
     @cached_property
@@ -156,7 +156,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "num_shards": str(len(manifest)),
         "fingerprint": manifest.fingerprint,
     }
-    data = safetensors.numpy.save({name: np.ascontiguousarray(column) for name, column in columns.items()}, about)
+    data = safetensors.numpy.save(
+        {name: np.ascontiguousarray(column) for name, column in columns.items()}, about
+    )
     write_whole(folder / MANIFEST_NAME, data)
 
 

@@ -20,9 +20,12 @@ from kandinsky_dist.runtime.hashing import Stream, hash_counters
 
 Int64s = npt.NDArray[np.int64]
 
-MAX_CHUNK_SAMPLES = 1024
-"""Long enough that a chunk of 100 KB images is one 100 MB run, short enough to shuffle."""
+NUM_LANES = 64
+CHUNK_BYTES = 8 * 2**20
+"""One request to an object store: long enough that its latency does not count, short enough to be shuffled."""
 CHUNKS_PER_LANE = 8
+MAX_CHUNKS = 4 * 2**20
+"""Bounds memory: an epoch keeps 12 bytes a chunk."""
 NUM_CACHED_EPOCHS = 2
 """A global batch can hold the end of one epoch and the start of the next."""
 
@@ -35,9 +38,18 @@ class _Epoch:
     slot_ends: Int64s
 
 
-def default_chunk_samples(num_samples: int, num_lanes: int) -> int:
-    """Chunk length: several a lane, so that small corpora are well shuffled and large ones read in runs."""
-    return max(1, min(MAX_CHUNK_SAMPLES, num_samples // (num_lanes * CHUNKS_PER_LANE)))
+def default_chunk_samples(num_samples: int, num_bytes: int, num_lanes: int) -> int:
+    """Samples of a chunk: several chunks a lane, so that small corpora are well shuffled too.
+
+    Args:
+        num_samples: of the corpus.
+        num_bytes: of its tars.
+        num_lanes: of the plan.
+    """
+    per_request = CHUNK_BYTES * num_samples // max(1, num_bytes)
+    return max(
+        1, min(per_request, num_samples // (num_lanes * CHUNKS_PER_LANE)), -(-num_samples // MAX_CHUNKS)
+    )
 
 
 class Plan:
@@ -50,7 +62,7 @@ class Plan:
         shard_sizes: samples of each shard, any may be 0.
         seed: run.seed.
         num_lanes: reading fronts; ranks stay out of each other's shards if the world size divides it.
-        chunk_samples: None chooses by corpus size.
+        chunk_samples: of neighbours that are read together; see `default_chunk_samples`.
         window_chunks: chunks over which a lane is shuffled.
 
     Raises:
@@ -62,8 +74,8 @@ class Plan:
         shard_sizes: npt.ArrayLike,
         *,
         seed: int,
-        num_lanes: int = 64,
-        chunk_samples: int | None = None,
+        num_lanes: int = NUM_LANES,
+        chunk_samples: int = 1,
         window_chunks: int = 4,
     ) -> None:
         sizes = np.asarray(shard_sizes, np.int64)
@@ -72,7 +84,7 @@ class Plan:
             raise DataError(f"no samples in {len(sizes)} shards: there is nothing to train on")
         self.seed = seed
         self.num_lanes = min(num_lanes, self.num_samples)
-        self.chunk_samples = chunk_samples or default_chunk_samples(self.num_samples, num_lanes)
+        self.chunk_samples = chunk_samples
         self.window_samples = window_chunks * self.chunk_samples
         self._sizes = sizes
         self._chunk_ends = np.cumsum(-(-sizes // self.chunk_samples))  # one entry a shard
@@ -109,12 +121,12 @@ class Plan:
         lane_ends = lane_starts + share + (lanes < num_longer)
         lengths = np.minimum(self.window_samples, lane_ends - window_starts)
         starts, first, group = np.unique(window_starts, return_index=True, return_inverse=True)
-        slots = np.empty_like(places)
-        for number, start in enumerate(starts.tolist()):
-            members = group == number
-            order = self._window(epoch, start, int(lengths[first[number]]))
-            slots[members] = start + order[inside[members]]
-        return slots
+        orders = [
+            self._window(epoch, start, length)
+            for start, length in zip(starts.tolist(), lengths[first].tolist(), strict=True)
+        ]
+        order_starts = np.cumsum([0, *(len(order) for order in orders[:-1])])
+        return window_starts + np.concatenate(orders)[order_starts[group] + inside]
 
     def _samples(self, epoch: _Epoch, slots: Int64s) -> tuple[Int64s, Int64s]:
         ranks = np.searchsorted(epoch.slot_ends, slots, side="right")

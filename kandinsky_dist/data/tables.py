@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,8 @@ from kandinsky_dist.errors import DataError
 MAX_OPEN_SHARDS = 128
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Place:
     """A sample of a corpus: the index-th of a shard's samples, or of those in one aspect bucket."""
 
     shard: int
@@ -77,7 +78,5 @@ class Tables:
             data = self._fetch(location)
         index = read_shard_index(location, remedy, data)
         if index.metadata["fingerprint"] != self._manifest.fingerprints_SF[shard].tobytes().hex():
-            raise DataError(
-                f"{location} is of another version of the shard than the manifest; run: {remedy}"
-            )
+            raise DataError(f"{location} is of another version of the shard than the manifest; run: {remedy}")
         return Table(index, self._manifest.selected(shard))

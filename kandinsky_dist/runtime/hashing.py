@@ -25,6 +25,14 @@ class Stream(enum.IntEnum):
     IMAGE_DROPOUT = 4
     TIMESTEP = 5
     NOISE = 6
+    TURN_ORDER = 7
+    BRANCH_SEED = 8
+    REPLACEMENT = 9
+    CAPTION_CHOICE = 10
+    CAPTION_ENTRY = 11
+    FLIP = 12
+    CROP_DOWN = 13
+    CROP_RIGHT = 14
 
 
 def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
