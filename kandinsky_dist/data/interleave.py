@@ -1,7 +1,7 @@
 """Several endless sequences as one, each at its own rate: a pure function of the place in it.
 
-Time is cut into periods. In period e, sequence s has floor((e + 1) r_s) - floor(e r_s) turns, where r_s is its
-rate as an exact fraction, so that no share drifts however long the run; the turns of a period are shuffled.
+Time is cut into periods. In period e, sequence s has floor((e + 1) r_s) - floor(e r_s) turns, where r_s is
+its rate as an exact fraction, so that no share drifts however long the run; a period's turns are shuffled.
 """
 
 from collections import OrderedDict
@@ -25,7 +25,7 @@ class Interleave:
     """Turn -> whose it is, and which of that sequence's turns.
 
     Args:
-        rates: turns of each sequence a period, above 0; scaled down together where a period would be too long.
+        rates: turns of each sequence a period, above 0; scaled down together if a period would be too long.
         seed: of the shuffle.
     """
 
