@@ -92,7 +92,7 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over names and fingerprints of the shards and what was selected; the same wherever they lie."""
+        """sha256 over names and content of the shards and what was selected; not over where they lie."""
         digest = hashlib.sha256()
         digest.update("\n".join(base_name(tar) for tar in self.tars).encode("utf-8", "surrogateescape"))
         for column in (self.num_samples_S, self.fingerprints_SF, self.aspect_counts_SA, self.selected_N):

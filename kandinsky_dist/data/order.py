@@ -1,7 +1,7 @@
 """The training stream of a run: position -> place, over corpora, weights and aspect buckets.
 
-A tree of pure functions: leaves are plans over the shards of one corpus (or of one aspect bucket of it), which
-give every one of their samples exactly once in each of their epochs; forks deal out turns to their branches.
+A tree of pure functions: leaves are plans over the shards of one corpus (or of one aspect bucket of it),
+which give each of their samples exactly once in each of their epochs; forks deal out turns to branches.
 
 Letters of shapes: B positions.
 """

@@ -22,9 +22,9 @@ Int64s = npt.NDArray[np.int64]
 
 NUM_LANES = 64
 CHUNK_BYTES = 8 * 2**20
-"""One request to an object store: long enough that its latency does not count, short enough to be shuffled."""
+"""One request to an object store: long enough that latency does not count, short enough to be shuffled."""
 CHUNKS_PER_LANE = 8
-MAX_CHUNKS = 4 * 2**20
+MAX_CHUNKS = 2 * 2**20
 """Bounds memory: an epoch keeps 12 bytes a chunk."""
 NUM_CACHED_EPOCHS = 2
 """A global batch can hold the end of one epoch and the start of the next."""
