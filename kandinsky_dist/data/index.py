@@ -1,96 +1,181 @@
-"""Indexing of existing tars: sidecars and a manifest, in parallel, from headers alone, restartable."""
+"""Indexing of existing tars: sidecars and a manifest, in parallel, restartable, wherever the tars lie."""
 
 import logging
 import multiprocessing
 import os
-import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures.process import BrokenProcessPool
+from itertools import takewhile
 from pathlib import Path
 
 from tqdm import tqdm
 
-from kandinsky_dist.data.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    Shard,
-    read_folder_manifest,
-    read_manifest,
-    write_manifest,
-)
-from kandinsky_dist.data.patterns import resolve_shards
-from kandinsky_dist.data.shard_index import (
-    CAPTION_EXTENSION,
-    IMAGE_EXTENSIONS,
-    read_shard_index,
-    write_shard_index,
-)
-from kandinsky_dist.data.tarwalk import TarTable, walk_tar
+from kandinsky_dist.data.index_shard import Indexed, Job, index_shard
+from kandinsky_dist.data.locations import base_name, is_remote, relative
+from kandinsky_dist.data.manifest import Manifest, write_manifest
+from kandinsky_dist.data.patterns import Named, named_shards
+from kandinsky_dist.data.shard_index import SIDECAR_SUFFIX
 from kandinsky_dist.errors import DataError
 
 SHARDS_PER_PROCESS = 4
-"""A process costs a third of a second to start: fewer shards than this are not worth one."""
+"""A process costs a third of a second to start: fewer local shards than this are not worth one."""
+MAX_CHUNK = 16
+"""Shards that are handed to a process at a time; a chunk of one costs a millisecond of hand-over each."""
+MAX_NAMED = 8
+"""Damaged shards that a warning names."""
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Indexed:
-    """What indexing one shard found."""
-
-    shard: Shard
-    num_without_image: int
-    num_without_caption: int
-    first_left_out: str
-
-
 def index_shards(
-    shards: str, *, num_processes: int = min(16, os.cpu_count() or 1), progress: bool = True
+    shards: str,
+    *,
+    out: Path | None = None,
+    captions: tuple[str, ...] = ("txt",),
+    checksums: bool = False,
+    skip_damaged: bool = False,
+    num_processes: int = min(16, os.cpu_count() or 1),
+    progress: bool = True,
 ) -> Manifest:
-    """Writes a sidecar beside each tar and, last, each folder's manifest.
+    """Writes a sidecar for each tar and, last, the manifest of a folder.
 
-    Only headers are read. A shard whose sidecar is newer than its last change is not read again, so an
-    interrupted run continues where it was. Samples without an image or a caption are left out and counted.
+    A local folder gets its manifest and, beside each tar, the sidecars; `out` takes both instead. Without
+    `out`, a glob, brace pattern or list gets sidecars only. A shard whose sidecar notes its present length
+    and modification time (or ETag) is not read again, so an interrupted run continues where it was. Samples
+    without an image or a caption are left out and counted, unless they have encoder outputs (.cached).
 
     Args:
-        shards: folder of tars, glob, brace pattern or list file; other shards that a folder's manifest
-            already has stay in it.
+        shards: see `patterns.resolve_shards`.
+        out: folder for manifest and sidecars; needed for remote shards.
+        captions: extensions of which a sample needs one.
+        checksums: read every byte and note CRC-32s, so that changed bytes are noticed when they are used;
+            always so for remote shards.
+        skip_damaged: leave damaged shards out instead of refusing them.
         num_processes: shards that are read at a time.
         progress: show a bar on stderr when that is a terminal.
 
     Raises:
-        DataError: a shard that is not a whole tar or has a key twice; no usable sample at all.
+        DataError: damaged shards (all others are finished first), remote ones without `out` or that cannot
+            be had, no usable sample at all.
+        DiskFullError: no space left.
     """
-    paths = resolve_shards(shards)
-    num_processes = max(1, min(num_processes, len(paths) // SHARDS_PER_PROCESS))
-    indexed: list[_Indexed] = []
-    with tqdm(total=len(paths), desc="index", unit="shard", disable=None if progress else True) as bar:
-        if num_processes == 1:
-            for path in paths:
-                indexed.append(_index_shard(path))
-                bar.update()
-        else:
-            # spawn: the caller may have threads (tokenizers, torch), which do not survive a fork.
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
-                try:
-                    for item in pool.map(_index_shard, paths, chunksize=1):
-                        indexed.append(item)
-                        bar.update()
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-    _report_left_out(shards, indexed)
-    for folder in dict.fromkeys(path.parent for path in paths):
-        rows = {
-            path.name: item.shard for path, item in zip(paths, indexed, strict=True) if path.parent == folder
-        }
-        merged = {**_kept(folder), **rows}
-        write_manifest(folder, [merged[name] for name in sorted(merged)])
-    return read_manifest(shards)
+    named = named_shards(shards)
+    jobs = _jobs(shards, named, out, tuple(captions), checksums)
+    indexed = []
+    with tqdm(total=len(jobs), desc="index", unit="shard", disable=None if progress else True) as bar:
+        for item in _indexed(jobs, num_processes):
+            indexed.append(item)
+            bar.update()
+    usable = _without_damaged(shards, indexed, skip_damaged)
+    _report_left_out(shards, usable, captions)
+    folder = out if out is not None else Path(shards) if Path(shards).is_dir() else None
+    manifest = Manifest.of(
+        "" if folder is None else folder, [item.shard for item in usable if item.shard is not None]
+    )
+    if folder is not None:
+        write_manifest(folder, manifest)
+    return manifest
 
 
-def left_out_summary(indexed: list[_Indexed]) -> str:
+def _jobs(
+    shards: str, named: Sequence[Named], out: Path | None, captions: tuple[str, ...], checksums: bool
+) -> list[Job]:
+    tars = [item.location for item in named]
+    if out is None:
+        remote = next((tar for tar in tars if is_remote(tar)), None)
+        if remote is not None:
+            raise DataError(
+                f"shards={shards} lie on a server ({remote}): give a folder for the index with --out FOLDER"
+            )
+        root = Path(shards) if Path(shards).is_dir() else None
+        rows = [tar if root is None else relative(tar, root) for tar in tars]
+        return [
+            Job(tar, tar + SIDECAR_SUFFIX, row, row + SIDECAR_SUFFIX, captions, checksums)
+            for tar, row in zip(tars, rows, strict=True)
+        ]
+    return [
+        Job(
+            item.location,
+            str(out / sidecar),
+            relative(item.location, out),
+            sidecar,
+            captions,
+            checksums,
+            item.is_optional,
+        )
+        for item, sidecar in zip(named, _sidecars(shards, tars), strict=True)
+    ]
+
+
+def _sidecars(shards: str, tars: Sequence[str]) -> list[str]:
+    """Names of sidecars below a folder of their own: laid out as the tars are below what they share."""
+    parts = [_parts(tar) for tar in tars]
+    first, last = min(parts)[:-1], max(parts)[:-1]
+    num_shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))))
+    names = ["/".join(part[num_shared:]) + SIDECAR_SUFFIX for part in parts]
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise DataError(
+            f"shards={shards} would need {name} for {count} shards; give shards of distinct names"
+        )
+    return names
+
+
+def _parts(tar: str) -> list[str]:
+    if not is_remote(tar):
+        return list(Path(tar).absolute().parts[1:])
+    # A server's names must not lead out of the folder.
+    path = tar.partition("?")[0].partition("://")[2].split("/")
+    return [part if part not in ("", ".", "..") else "_" for part in path]
+
+
+def _indexed(jobs: Sequence[Job], num_processes: int) -> Iterator[Indexed]:
+    """Indexes shards, several at a time; in their order."""
+    per_process = 1 if any(is_remote(job.tar) for job in jobs) else SHARDS_PER_PROCESS
+    num_processes = max(1, min(num_processes, len(jobs) // per_process))
+    if num_processes == 1:
+        yield from map(index_shard, jobs)
+        return
+    # spawn: the caller may have threads (tokenizers, torch), which do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    chunk = max(1, min(MAX_CHUNK, len(jobs) // (8 * num_processes)))
+    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+        try:
+            yield from pool.map(index_shard, jobs, chunksize=chunk)
+        except BrokenProcessPool:
+            raise DataError(
+                "a process that indexed shards was killed (out of memory?); run it again, it continues, "
+                f"with --num-processes below {num_processes}"
+            ) from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _without_damaged(shards: str, indexed: Sequence[Indexed], skip_damaged: bool) -> list[Indexed]:
+    damaged = [item for item in indexed if item.damage]
+    usable = [item for item in indexed if not item.damage]
+    if damaged and (not skip_damaged or not usable):
+        hint = "; --skip-damaged leaves damaged shards out" if usable else ""
+        raise DataError(f"{len(damaged)} of {len(indexed)} shards are damaged: {damaged[0].damage}{hint}")
+    if damaged:
+        names = ", ".join(base_name(item.job.tar) for item in damaged[:MAX_NAMED])
+        more = f" and {len(damaged) - MAX_NAMED} more" if len(damaged) > MAX_NAMED else ""
+        logger.warning(
+            "shards=%s: %d of %d shards are damaged and left out: %s%s (%s)",
+            shards,
+            len(damaged),
+            len(indexed),
+            names,
+            more,
+            damaged[0].damage,
+        )
+    return usable
+
+
+def left_out_summary(indexed: Sequence[Indexed]) -> str:
     """Counts of samples that could not be used, or ""."""
     counts = {
         "no image": sum(item.num_without_image for item in indexed),
@@ -103,110 +188,17 @@ def left_out_summary(indexed: list[_Indexed]) -> str:
     return f"{sum(counts.values())} samples left out ({words}), first {first}"
 
 
-def _report_left_out(shards: str, indexed: list[_Indexed]) -> None:
+def _report_left_out(shards: str, indexed: Sequence[Indexed], captions: Sequence[str]) -> None:
     summary = left_out_summary(indexed)
-    if sum(item.shard.num_samples for item in indexed) == 0:
+    num_samples = [item.shard.num_samples for item in indexed if item.shard is not None]
+    if sum(num_samples) == 0:
+        needed = " or ".join(f".{extension}" for extension in captions)
         raise DataError(
-            f"shards={shards}: no sample with an image and a .{CAPTION_EXTENSION} in {len(indexed)} shards; "
+            f"shards={shards}: no sample with an image and a {needed} in {len(indexed)} shards; "
             + (summary or "they are empty")
         )
-    empty = [item.shard.path for item in indexed if item.shard.num_samples == 0]
+    empty = [base_name(item.job.tar) for item in indexed if item.shard and item.shard.num_samples == 0]
     if empty:
         logger.warning("%d shards have no usable sample, first %s", len(empty), empty[0])
     if summary:
         logger.warning("%s", summary)
-
-
-def _kept(folder: Path) -> dict[str, Shard]:
-    """Shards of a folder's present manifest that are still there unchanged."""
-    if not (folder / MANIFEST_NAME).exists():
-        return {}
-    try:
-        shards = read_folder_manifest(folder).shards
-    except DataError:
-        return {}  # of another version or damaged: it is being replaced
-    paths = {shard.path: folder / shard.path for shard in shards}
-    return {
-        shard.path: shard
-        for shard in shards
-        if paths[shard.path].is_file() and paths[shard.path].stat().st_size == shard.num_bytes
-    }
-
-
-def _index_shard(path: Path) -> _Indexed:
-    """Indexes one shard, or takes what its sidecar says when the tar has not changed since."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
-    present = _present(path, status)
-    if present is not None:
-        return present
-    table = walk_tar(path)
-    keys, members, left_out = _samples(path, table)
-    indexed = _Indexed(
-        Shard(path.name, len(keys), table.num_bytes, table.fingerprint),
-        sum(reason == "image" for reason, _ in left_out),
-        sum(reason == "caption" for reason, _ in left_out),
-        f"{path.name}:{left_out[0][1]}" if left_out else "",
-    )
-    metadata = {
-        "fingerprint": table.fingerprint,
-        "num_bytes": str(table.num_bytes),
-        "mtime_ns": str(status.st_mtime_ns),
-        "num_without_image": str(indexed.num_without_image),
-        "num_without_caption": str(indexed.num_without_caption),
-        "first_left_out": indexed.first_left_out,
-    }
-    write_shard_index(path, keys, members, metadata)
-    return indexed
-
-
-def _present(path: Path, status: os.stat_result) -> _Indexed | None:
-    try:
-        index = read_shard_index(path)
-        metadata = index.metadata
-        if (metadata["num_bytes"], metadata["mtime_ns"]) != (str(status.st_size), str(status.st_mtime_ns)):
-            return None
-        return _Indexed(
-            Shard(path.name, len(index), int(metadata["num_bytes"]), metadata["fingerprint"]),
-            int(metadata["num_without_image"]),
-            int(metadata["num_without_caption"]),
-            metadata["first_left_out"],
-        )
-    except (DataError, KeyError, ValueError):
-        return None
-
-
-Places = dict[str, tuple[int, int]]
-
-
-def _samples(path: Path, table: TarTable) -> tuple[list[str], list[Places], list[tuple[str, str]]]:
-    """Groups members into samples by WebDataset's naming: key up to the first dot, extension after it.
-
-    Returns:
-        keys, members and, for each sample that cannot be used, what it lacks and its key.
-    """
-    samples: dict[str, Places] = {}
-    current = None
-    for member in table.members:
-        match = re.fullmatch(r"((?:.*/|)[^./]+)[.]([^/]*)", member.name, re.DOTALL)
-        if match is None or re.search(r"(^|/)__[^/]*__($|/)", member.name):
-            continue  # no extension, hidden, or WebDataset's own notes
-        key, extension = match[1], match[2].lower()
-        if (key != current and key in samples) or extension in samples.get(key, ()):
-            raise DataError(
-                f"{path} has the key {key!r} twice ({member.name}); keys must be unique in a shard"
-            )
-        samples.setdefault(key, {})[extension] = (member.offset, member.size)
-        current = key
-    keys, members, left_out = [], [], []
-    for key, places in samples.items():
-        if not any(extension in places for extension in IMAGE_EXTENSIONS):
-            left_out.append(("image", key))
-        elif CAPTION_EXTENSION not in places:
-            left_out.append(("caption", key))
-        else:
-            keys.append(key)
-            members.append(places)
-    return keys, members, left_out

@@ -11,8 +11,9 @@ from typing import Any
 
 import webdataset
 
+from kandinsky_dist.data.catalogue import read_manifest
 from kandinsky_dist.data.index import index_shards
-from kandinsky_dist.data.manifest import Manifest, read_manifest
+from kandinsky_dist.data.manifest import Manifest
 from kandinsky_dist.errors import DISK_FULL, ConfigError, DataError, DiskFullError
 
 ORIGIN_NAME = "origin.json"
@@ -60,8 +61,8 @@ def write_shards(
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
         _write_tars(samples, temporary, samples_per_shard, prefix)
-        index_shards(str(temporary), progress=False)
-        (temporary / ORIGIN_NAME).write_text(_origin_text(origin))
+        index_shards(str(temporary), checksums=True, progress=False)
+        (temporary / ORIGIN_NAME).write_text(origin_text(origin))
         temporary.chmod(0o777 & ~_umask())  # mkdtemp made it private
         os.rename(temporary, out)
     except OSError as error:
@@ -84,7 +85,7 @@ def existing_result(out: Path, origin: Mapping[str, Any]) -> Manifest | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        same = (out / ORIGIN_NAME).read_text() == _origin_text(origin)
+        same = (out / ORIGIN_NAME).read_text() == origin_text(origin)
     except OSError:
         same = False
     if not same:
@@ -120,7 +121,8 @@ def _write_tars(
         raise NoSamplesError("no usable samples: nothing was written")
 
 
-def _origin_text(origin: Mapping[str, Any]) -> str:
+def origin_text(origin: Mapping[str, Any]) -> str:
+    """What is kept beside a result to know it again."""
     return json.dumps(origin, indent=1, sort_keys=True) + "\n"
 
 

@@ -7,7 +7,7 @@ from data_tars import picture, sample, write_tar
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from kandinsky_dist.data.index import index_shards
-from kandinsky_dist.data.manifest import read_manifest
+from kandinsky_dist.data.catalogue import read_manifest
 from kandinsky_dist.data.shard_index import read_shard_index, sidecar_path
 from kandinsky_dist.errors import DataError
 

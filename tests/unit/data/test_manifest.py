@@ -8,7 +8,7 @@ import pytest
 from data_tars import sample, write_tar
 
 from kandinsky_dist.data.index import index_shards
-from kandinsky_dist.data.manifest import read_manifest
+from kandinsky_dist.data.catalogue import read_manifest
 from kandinsky_dist.errors import DataError
 
 

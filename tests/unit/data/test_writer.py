@@ -6,7 +6,7 @@ import textwrap
 import pytest
 from data_tars import picture
 
-from kandinsky_dist.data.manifest import read_manifest
+from kandinsky_dist.data.catalogue import read_manifest
 from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.data.writer import write_shards
 from kandinsky_dist.errors import ConfigError, DataError
