@@ -49,7 +49,14 @@ def add_data(commands: Any) -> None:
     def index(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.data.index import index_shards
 
-        manifest = index_shards(arguments.shards, num_processes=arguments.num_processes)
+        manifest = index_shards(
+            arguments.shards,
+            out=arguments.out,
+            captions=tuple(arguments.captions),
+            checksums=arguments.checksums,
+            skip_damaged=arguments.skip_damaged,
+            num_processes=arguments.num_processes,
+        )
         print(
             f"{manifest.num_samples:,} samples in {len(manifest):,} shards, "
             f"fingerprint {manifest.fingerprint[:16]}"
@@ -58,5 +65,19 @@ def add_data(commands: Any) -> None:
     parser = command(
         commands, "index", index, "Writes the manifest of existing shards; started again it continues."
     )
-    parser.add_argument("shards", help="folder, glob, brace pattern or list file (.txt)")
+    parser.add_argument(
+        "shards", help="folder, glob, brace pattern, list file (.txt), URLs or s3://BUCKET/PREFIX/"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the index of shards that are read-only or remote"
+    )
+    parser.add_argument(
+        "--captions", nargs="+", default=["txt"], metavar="EXT", help="extensions of which a sample needs one"
+    )
+    parser.add_argument(
+        "--checksums", action="store_true", help="read every byte and note CRC-32s (remote shards: always)"
+    )
+    parser.add_argument(
+        "--skip-damaged", action="store_true", help="leave damaged shards out instead of refusing them"
+    )
     parser.add_argument("--num-processes", type=int, default=os.cpu_count() or 1, help="readers side by side")

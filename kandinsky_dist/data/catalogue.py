@@ -57,9 +57,10 @@ def check_presence(manifest: Manifest, shards: str, key: str = "data.shards") ->
     numbers = [shard for shard in range(len(manifest)) if not is_remote(manifest.tar(shard))]
     sizes = _in_threads(lambda shard: _size(manifest.tar(shard)), numbers)
     for shard, num_bytes in zip(numbers, sizes, strict=True):
-        if num_bytes is not None and num_bytes != manifest.num_bytes_S[shard]:
+        expected = int(manifest.num_bytes_S[shard])
+        if num_bytes is not None and num_bytes != expected:
             raise DataError(
-                f"{manifest.tar(shard)} has {num_bytes} bytes, its manifest says {manifest.num_bytes_S[shard]}: "
+                f"{manifest.tar(shard)} has {num_bytes} bytes, its manifest says {expected}: "
                 f"changed or cut short; copy it again, or run: {_remedy(shards)}"
             )
     missing = [shard for shard, num_bytes in zip(numbers, sizes, strict=True) if num_bytes is None]
