@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,34 @@ def add_data(commands: Any) -> None:
         "--skip-damaged", action="store_true", help="leave damaged shards out instead of refusing them"
     )
     parser.add_argument("--num-processes", type=int, default=os.cpu_count() or 1, help="readers side by side")
+
+    def subset(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.data.subset import Filters, make_subset
+
+        filters = {item.name: getattr(arguments, item.name) for item in fields(Filters)}
+        manifest = make_subset(arguments.shards, arguments.out, **filters)
+        print(
+            f"{manifest.num_samples:,} samples in {(manifest.num_samples_S > 0).sum():,} of "
+            f"{len(manifest):,} shards, fingerprint {manifest.fingerprint[:16]}"
+        )
+
+    parser = command(
+        commands,
+        "subset",
+        subset,
+        "Writes a manifest of some samples of indexed shards; the shards stay where they are.",
+    )
+    parser.add_argument("shards", help="as data.shards: a folder with a manifest, or indexed local tars")
+    parser.add_argument("out", type=Path, help="folder to make: give it as data.shards")
+    parser.add_argument("--min-side", type=int, help="shorter side of the image, pixels")
+    parser.add_argument("--min-pixels", type=int, help="width times height, pixels")
+    parser.add_argument("--min-aspect", type=float, help="width over height")
+    parser.add_argument("--max-aspect", type=float, help="width over height")
+    parser.add_argument("--min-caption-length", type=int, help="size of the .txt, bytes of UTF-8")
+    parser.add_argument("--max-caption-length", type=int, help="size of the .txt, bytes of UTF-8")
+    parser.add_argument(
+        "--caption-matches",
+        metavar="REGEX",
+        help="found somewhere in the .txt: reads all captions (local tars)",
+    )
+    parser.add_argument("--limit", type=int, help="the first so many samples that fit")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from kandinsky_dist.data.captions import CaptionSource
 from kandinsky_dist.data.index_shard import Indexed, Job, index_shard
 from kandinsky_dist.data.locations import base_name, is_remote, relative
 from kandinsky_dist.data.manifest import Manifest, write_manifest
@@ -49,7 +50,7 @@ def index_shards(
     Args:
         shards: see `patterns.resolve_shards`.
         out: folder for manifest and sidecars; needed for remote shards.
-        captions: extensions of which a sample needs one.
+        captions: extensions of which a sample needs one; sources as in data.captions will do, too.
         checksums: read every byte and note CRC-32s, so that changed bytes are noticed when they are used;
             always so for remote shards.
         skip_damaged: leave damaged shards out instead of refusing them.
@@ -62,7 +63,8 @@ def index_shards(
         DiskFullError: no space left.
     """
     named = named_shards(shards)
-    jobs = _jobs(shards, named, out, tuple(captions), checksums)
+    captions = tuple(dict.fromkeys(CaptionSource.parse(text).extension for text in captions))
+    jobs = _jobs(shards, named, out, captions, checksums)
     indexed = []
     with tqdm(total=len(jobs), desc="index", unit="shard", disable=None if progress else True) as bar:
         for item in _indexed(jobs, num_processes):
