@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import BinaryIO, cast
 
 from PIL import Image
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from kandinsky_dist.data.tar_readers import Reader
 
@@ -71,6 +72,8 @@ def upright_size(file: BinaryIO) -> tuple[int, int]:
         file.seek(0)
         with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
+            if isinstance(image, TiffImageFile):  # its size is upright already, in some versions of Pillow
+                width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
             # The base class: a PNG's own method decodes the picture in search of the tag.
             orientation = Image.Image.getexif(image).get(ORIENTATION)
     except Exception:  # Pillow and foreign bytes: struct.error, SyntaxError, KeyError, bombs, ...
