@@ -26,26 +26,43 @@ def add_data(commands: Any) -> None:
     parser.add_argument("--max-samples", type=int, help="an even subset of so many samples")
 
     def pack(arguments: argparse.Namespace) -> None:
-        from kandinsky_dist.data.pack import pack
+        from kandinsky_dist.data.pack import Columns, pack
 
         pack(
             arguments.source,
             arguments.out,
             samples_per_shard=arguments.samples_per_shard,
-            image_column=arguments.image_column,
-            caption_column=arguments.caption_column,
+            columns=Columns(arguments.image_column, arguments.caption_column, tuple(arguments.keep_columns)),
+            split=arguments.split,
+            subset=arguments.subset,
         )
 
     parser = command(
-        commands, "pack", pack, "Packs a folder of images and captions into tar shards with a manifest."
+        commands,
+        "pack",
+        pack,
+        "Packs images and captions into tar shards with a manifest; the images' bytes stay as they are.",
     )
     parser.add_argument(
-        "source", type=Path, help="folder with metadata.jsonl or .csv, or with sidecar .txt captions"
+        "source",
+        help="folder with metadata.jsonl or .csv; folder of images beside .txt captions (and .json); folder "
+        "saved by `datasets`; .parquet file or folder of them; OWNER/NAME on the Hugging Face hub",
     )
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="samples a tar")
-    parser.add_argument("--image-column", help="metadata's column of image paths (None: file_name or image)")
-    parser.add_argument("--caption-column", default="text", help="metadata's column of captions")
+    parser.add_argument(
+        "--image-column", help="column of images or their paths (None: file_name, image, jpg, ...)"
+    )
+    parser.add_argument("--caption-column", help="column of captions (None: text or caption)")
+    parser.add_argument(
+        "--keep-columns",
+        nargs="+",
+        default=[],
+        metavar="COLUMN",
+        help="columns that go into a .json member of each sample",
+    )
+    parser.add_argument("--split", help="of a dataset that has several")
+    parser.add_argument("--subset", help="configuration of a hub dataset that has several")
 
     def index(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.data.index import index_shards

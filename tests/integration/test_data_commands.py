@@ -1,5 +1,7 @@
 """The data commands, as a user types them."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,12 +11,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kandinsky_dist.data.catalogue import read_manifest
+
 pytestmark = pytest.mark.integration
 
 
-def run(*arguments):
+def run(*arguments, environment=None):
     command = [sys.executable, "-m", "kandinsky_dist", "data", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, **(environment or {})},
+    )
 
 
 def errors(result):
@@ -38,7 +49,7 @@ def test_pack_then_index_agree(pictures, tmp_path):
     packed = run("pack", pictures, tmp_path / "shards", "--samples-per-shard", 3)
     assert packed.returncode == 0, packed
     assert errors(packed) == ["left out: 1 without a caption (4.jpg)"]
-    manifest = (tmp_path / "shards" / "manifest.json").read_bytes()
+    fingerprint = read_manifest(str(tmp_path / "shards")).fingerprint
     with tarfile.open(tmp_path / "shards" / "train-00001.tar") as archive:
         assert archive.getnames() == ["3.jpg", "3.txt"]
         assert archive.extractfile("3.jpg").read() == (pictures / "3.jpg").read_bytes()
@@ -46,8 +57,33 @@ def test_pack_then_index_agree(pictures, tmp_path):
         path.unlink()
     indexed = run("index", tmp_path / "shards")
     assert indexed.returncode == 0, indexed
-    assert indexed.stdout.startswith("4 samples in 2 shards, fingerprint ")
-    assert (tmp_path / "shards" / "manifest.json").read_bytes() == manifest
+    assert indexed.stdout.startswith(f"4 samples in 2 shards, fingerprint {fingerprint[:16]}")
+    assert read_manifest(str(tmp_path / "shards")).fingerprint == fingerprint
+
+
+def test_pack_parquet_with_columns(pictures, tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [(pictures / f"{number}.jpg").read_bytes() for number in range(5)]
+    table = {"picture": images, "title": ["a", "b", "c", "d", "e"], "tags": [["x"], [], ["y", "z"], [], []]}
+    pq.write_table(pa.table(table), tmp_path / "in.parquet")
+    columns = ("--image-column", "picture", "--caption-column", "title", "--keep-columns", "tags", "title")
+    packed = run("pack", tmp_path / "in.parquet", tmp_path / "shards", *columns)
+    assert (packed.returncode, errors(packed)) == (0, []), packed
+    with tarfile.open(tmp_path / "shards" / "train-00000.tar") as archive:
+        assert archive.getnames()[6:9] == ["000000002.jpg", "000000002.json", "000000002.txt"]
+        assert archive.extractfile("000000002.jpg").read() == images[2]
+        assert json.load(archive.extractfile("000000002.json")) == {"tags": ["y", "z"], "title": "c"}
+    again = run("pack", tmp_path / "in.parquet", tmp_path / "shards", *columns)
+    assert again.returncode == 0, again
+    assert errors(again) == [f"{tmp_path}/shards is already complete (5 samples): kept"]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
+    pytest.importorskip("datasets")
+    result = run("pack", "nobody/nothing", tmp_path / "out", environment={"HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 78, result
+    (line,) = errors(result)
+    assert line.startswith("nobody/nothing is neither a path here nor a dataset that the hub gives: ")
 
 
 def test_exit_codes_and_one_line(pictures, tmp_path):
