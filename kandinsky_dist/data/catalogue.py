@@ -10,7 +10,7 @@ from typing import TypeVar
 from kandinsky_dist.data.index_shard import row_of
 from kandinsky_dist.data.locations import base_name, is_remote, join
 from kandinsky_dist.data.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest
-from kandinsky_dist.data.patterns import resolve_shards, tars_below
+from kandinsky_dist.data.patterns import resolve_shards, shown, tars_below
 from kandinsky_dist.data.shard_index import SIDECAR_SUFFIX, read_shard_index
 from kandinsky_dist.errors import DataError
 
@@ -103,7 +103,8 @@ def _remote_folder(shards: str, key: str) -> Manifest:
     is_folder = shards.endswith("/") or not (name.endswith(".tar") or any(sign in shards for sign in "{*["))
     if not is_folder:
         raise DataError(
-            f"{key}={shards}: shards on a server need an index; run: kandinsky-dist data index '{shards}' "
+            f"{key}={shown(shards)}: shards on a server need an index; "
+            f"run: kandinsky-dist data index '{shown(shards)}' "
             f"--out FOLDER, and give FOLDER as {key}"
         )
     from kandinsky_dist.data.fetch import fetch_whole
@@ -114,10 +115,9 @@ def _remote_folder(shards: str, key: str) -> Manifest:
 
 def _from_sidecars(shards: str, key: str) -> Manifest:
     tars = resolve_shards(shards, key)
-    remote = next((tar for tar in tars if is_remote(tar)), None)
-    if remote is not None:
+    if any(is_remote(tar) for tar in tars):
         raise DataError(
-            f"{key}={shards} names shards on a server ({remote}), which need an index; "
+            f"{key}={shards} names shards on a server, which need an index; "
             f"run: kandinsky-dist data index '{shards}' --out FOLDER, and give FOLDER as {key}"
         )
     missing = [tar for tar, size in zip(tars, _in_threads(_size, tars), strict=True) if size is None]

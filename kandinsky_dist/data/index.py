@@ -16,7 +16,7 @@ from kandinsky_dist.data.captions import CaptionSource
 from kandinsky_dist.data.index_shard import Indexed, Job, index_shard
 from kandinsky_dist.data.locations import base_name, is_remote, relative
 from kandinsky_dist.data.manifest import Manifest, write_manifest
-from kandinsky_dist.data.patterns import Named, named_shards
+from kandinsky_dist.data.patterns import Named, named_shards, shown, without_absent
 from kandinsky_dist.data.shard_index import SIDECAR_SUFFIX
 from kandinsky_dist.errors import DataError
 
@@ -70,6 +70,9 @@ def index_shards(
         for item in _indexed(jobs, num_processes):
             indexed.append(item)
             bar.update()
+    absent = {item.job.tar for item in indexed if item.is_absent}
+    without_absent(named, absent, f"shards={shown(shards)}")
+    indexed = [item for item in indexed if not item.is_absent]
     usable = _without_damaged(shards, indexed, skip_damaged)
     _report_left_out(shards, usable, captions)
     folder = out if out is not None else Path(shards) if Path(shards).is_dir() else None
@@ -89,7 +92,7 @@ def _jobs(
         remote = next((tar for tar in tars if is_remote(tar)), None)
         if remote is not None:
             raise DataError(
-                f"shards={shards} lie on a server ({remote}): give a folder for the index with --out FOLDER"
+                f"shards={shown(shards)} lie on a server: give a folder for the index with --out FOLDER"
             )
         root = Path(shards) if Path(shards).is_dir() else None
         rows = [tar if root is None else relative(tar, root) for tar in tars]
@@ -120,7 +123,7 @@ def _sidecars(shards: str, tars: Sequence[str]) -> list[str]:
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise DataError(
-            f"shards={shards} would need {name} for {count} shards; give shards of distinct names"
+            f"shards={shown(shards)} would need {name} for {count} shards; give shards of distinct names"
         )
     return names
 
@@ -167,7 +170,7 @@ def _without_damaged(shards: str, indexed: Sequence[Indexed], skip_damaged: bool
         more = f" and {len(damaged) - MAX_NAMED} more" if len(damaged) > MAX_NAMED else ""
         logger.warning(
             "shards=%s: %d of %d shards are damaged and left out: %s%s (%s)",
-            shards,
+            shown(shards),
             len(damaged),
             len(indexed),
             names,
@@ -196,7 +199,7 @@ def _report_left_out(shards: str, indexed: Sequence[Indexed], captions: Sequence
     if sum(num_samples) == 0:
         needed = " or ".join(f".{extension}" for extension in captions)
         raise DataError(
-            f"shards={shards}: no sample with an image and a {needed} in {len(indexed)} shards; "
+            f"shards={shown(shards)}: no sample with an image and a {needed} in {len(indexed)} shards; "
             + (summary or "they are empty")
         )
     empty = [base_name(item.job.tar) for item in indexed if item.shard and item.shard.num_samples == 0]

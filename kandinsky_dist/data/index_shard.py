@@ -10,6 +10,7 @@ from kandinsky_dist.data.samples import group_samples, is_image
 from kandinsky_dist.data.shard_index import ShardIndex, read_shard_index, write_shard_index
 from kandinsky_dist.data.tar_readers import DamagedShardError, Reader, open_reader
 from kandinsky_dist.data.tarwalk import walk_tar
+from kandinsky_dist.data.transports import MissingObjectError
 from kandinsky_dist.errors import DISK_FULL, DataError, DiskFullError
 
 
@@ -37,7 +38,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Indexed:
-    """What indexing one shard found: a row of the manifest, or why there is none."""
+    """What indexing one shard found: a row of the manifest, or why there is none.
+
+    Attributes:
+        damage: what is wrong with it, one line.
+        is_absent: it need not be there, and is not.
+    """
 
     job: Job
     shard: Shard | None = None
@@ -45,7 +51,7 @@ class Indexed:
     num_without_caption: int = 0
     first_left_out: str = ""
     damage: str = ""
-    is_kept: bool = False
+    is_absent: bool = False
 
 
 def index_shard(job: Job) -> Indexed:
@@ -59,6 +65,10 @@ def index_shard(job: Job) -> Indexed:
             return _kept(job, reader) or _walked(job, reader)
     except DamagedShardError as error:
         return Indexed(job, damage=str(error))
+    except MissingObjectError:
+        if not job.is_optional:
+            raise
+        return Indexed(job, is_absent=True)
 
 
 def row_of(index: ShardIndex, tar: str, sidecar: str) -> Shard:
@@ -92,7 +102,6 @@ def _kept(job: Job, reader: Reader) -> Indexed | None:
             int(metadata["num_without_image"]),
             int(metadata["num_without_caption"]),
             metadata["first_left_out"],
-            is_kept=True,
         )
     except (DataError, KeyError, ValueError):
         return None
@@ -100,7 +109,7 @@ def _kept(job: Job, reader: Reader) -> Indexed | None:
 
 def _walked(job: Job, reader: Reader) -> Indexed:
     table = walk_tar(reader, checksums=job.checksums, is_image=is_image)
-    samples, left_out = group_samples(job.tar, table.members, job.captions)
+    samples, left_out = group_samples(reader.location, table.members, job.captions)
     counts = {reason: sum(found == reason for found, _ in left_out) for reason in ("image", "caption")}
     first = f"{base_name(job.tar)}:{left_out[0][1]}" if left_out else ""
     metadata = {

@@ -44,7 +44,7 @@ def resolve_shards(shards: str, key: str = "shards") -> list[str]:
 
 def named_shards(shards: str, key: str = "shards") -> list[Named]:
     """As `resolve_shards`; says of each remote tar whether it need not be there."""
-    problem = f"{key}={shards}"
+    problem = f"{key}={shown(shards)}"
     if shards.startswith("pipe:"):
         raise DataError(
             f"{problem}: a pipe runs a shell command and has no manifest; data.allow_pipe=true lets training "
@@ -69,8 +69,17 @@ def named_shards(shards: str, key: str = "shards") -> list[Named]:
         raise DataError(f"{problem} names no .tar shards; to make some: kandinsky-dist data pack")
     (twice, count), *_ = Counter(named.location for named in found).most_common(1)
     if count > 1:
-        raise DataError(f"{problem} names {twice} twice; list each shard once")
+        raise DataError(f"{problem} names {shown(twice)} twice; list each shard once")
     return found
+
+
+def shown(location: str) -> str:
+    """A location for messages: what follows the question mark of a URL may be secret."""
+    if not is_remote(location):
+        return location
+    from kandinsky_dist.data.transports import redacted
+
+    return redacted(location)
 
 
 def tars_below(folder: Path) -> list[str]:
@@ -129,7 +138,7 @@ def _remote(url: str, problem: str) -> list[Named]:
         else:
             raise DataError(
                 f"{problem}: a web server does not say which shards it has; give their names, "
-                f"like {url.rstrip('/')}/{{00000..00999}}.tar"
+                f"like {shown(url).rstrip('/')}/{{00000..00999}}.tar"
             )
     return found
 
@@ -144,25 +153,33 @@ def _bucket(name: str) -> list[Named]:
 
 
 def _present(found: list[Named], problem: str) -> list[Named]:
-    """Without local tars of a sparse numbering that are not there; warns of them."""
-    absent = [
-        named
+    """Without local tars of a sparse numbering that are not there."""
+    absent = {
+        named.location
         for named in found
         if named.is_optional and not is_remote(named.location) and not os.path.exists(named.location)
-    ]
+    }
+    return without_absent(found, absent, problem)
+
+
+def without_absent(found: list[Named], absent: set[str], problem: str) -> list[Named]:
+    """What is left of a numbering with gaps; warns of them.
+
+    Args:
+        found: all that were named.
+        absent: locations of those that are not there.
+        problem: the setting, for messages.
+
+    Raises:
+        DataError: nothing is left.
+    """
     if not absent:
         return found
+    first = shown(next(named.location for named in found if named.location in absent))
     if len(absent) == len(found):
-        raise DataError(f"{problem}: none of the {len(found)} shards exists, first {found[0].location}")
-    logger.warning(
-        "%s: %d of %d numbers have no shard, first %s",
-        problem,
-        len(absent),
-        len(found),
-        absent[0].location,
-    )
-    missing = set(absent)
-    return [named for named in found if named not in missing]
+        raise DataError(f"{problem}: none of the {len(found)} shards exists, first {first}")
+    logger.warning("%s: %d of %d numbers have no shard, first %s", problem, len(absent), len(found), first)
+    return [named for named in found if named.location not in absent]
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from kandinsky_dist.data.locations import is_remote
+from kandinsky_dist.data.patterns import shown
 from kandinsky_dist.errors import DataError
 
 WINDOW_BYTES = 8 * 1024
@@ -119,7 +120,7 @@ class StreamReader(_Closing):
     def __init__(self, location: str) -> None:
         from kandinsky_dist.data.fetch import open_stream
 
-        self.location = location
+        self.location = shown(location)
         self._stream = open_stream(location)
         self.num_bytes = self._stream.num_bytes
         self.version = {"num_bytes": str(self._stream.num_bytes), "etag": self._stream.etag}

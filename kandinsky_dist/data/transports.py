@@ -36,6 +36,10 @@ class Transient(Exception):  # noqa: N818 (a state of the server, not an error o
         self.retry_after_seconds = retry_after_seconds
 
 
+class MissingObjectError(DataError):
+    """The server says that there is no such object."""
+
+
 @dataclass
 class Answer:
     """The head of a successful answer, and the body still to come.
@@ -231,6 +235,7 @@ def refusal(location: str, status: int, code: str, message: str, headers: Any) -
         remedy = f"renew the credentials or the signed URL {AGAIN}"
     elif status in (404, 410) or code in _MISSING_CODES:
         remedy = f"put it back or correct the location, {AGAIN}"
+        return MissingObjectError(f"{redacted(location)}: the server answered {said}; {remedy}")
     elif status == 416:
         remedy = "it is shorter than it was when it was indexed; index again"
     else:
