@@ -108,9 +108,14 @@ def _remote_folder(shards: str, key: str) -> Manifest:
             f"--out FOLDER, and give FOLDER as {key}"
         )
     from kandinsky_dist.data.fetch import fetch_whole
+    from kandinsky_dist.data.transports import MissingObjectError
 
-    root = shards.rstrip("/")
-    return load_manifest(root, _remedy(shards) + " --out FOLDER", fetch_whole(join(root, MANIFEST_NAME)))
+    root, remedy = shards.rstrip("/"), "kandinsky-dist data index 'PATTERN' --out FOLDER"
+    try:
+        data = fetch_whole(join(root, MANIFEST_NAME))
+    except MissingObjectError as error:
+        raise DataError(f"{key}={shown(shards)} has no {MANIFEST_NAME}; run: {remedy}") from error
+    return load_manifest(root, remedy, data)
 
 
 def _from_sidecars(shards: str, key: str) -> Manifest:

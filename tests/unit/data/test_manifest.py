@@ -1,116 +1,109 @@
-import json
-import logging
-import os
 import shutil
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
-from data_tars import sample, write_tar
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kandinsky_dist.data.index import index_shards
+from kandinsky_dist.data.aspects import NUM_ASPECTS
 from kandinsky_dist.data.catalogue import read_manifest
+from kandinsky_dist.data.index import index_shards
+from kandinsky_dist.data.locations import Texts
+from kandinsky_dist.data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Shard,
+    concatenate,
+    load_manifest,
+    write_manifest,
+)
+from kandinsky_dist.data.storage import LocalStorage
+from kandinsky_dist.data.tables import Place
 from kandinsky_dist.errors import DataError
+
+
+def rows(manifest: Manifest) -> list[Shard]:
+    return [manifest.shard(number) for number in range(len(manifest))]
 
 
 def test_round_trip_and_place_independence(make_corpus, tmp_path):
     manifest = make_corpus([3, 1, 2])
-    assert manifest.shard_sizes.tolist() == [3, 1, 2]
-    assert manifest.shard_sizes.dtype == np.int64
+    assert manifest.num_samples_S.tolist() == [3, 1, 2]
     assert manifest.num_samples == 6
     shutil.move(manifest.root, tmp_path / "moved")
     moved = read_manifest(str(tmp_path / "moved"))
-    assert moved.shards == manifest.shards
+    assert rows(moved) == rows(manifest)
     assert moved.fingerprint == manifest.fingerprint
 
 
-def test_patterns_select_in_their_order(make_corpus, tmp_path):
-    root = make_corpus([1, 2, 3, 4]).root
-
-    def names(shards):
-        return [shard.path for shard in read_manifest(shards).shards]
-
-    assert names(f"{root}/train-{{002..001}}.tar") == ["train-002.tar", "train-001.tar"]
-    assert names(f"{root}/train-00{{0,3}}.tar") == ["train-000.tar", "train-003.tar"]
-    assert names(f"{root}/train-00[12].tar") == ["train-001.tar", "train-002.tar"]
-    assert names(f"{root}/train-003.tar") == ["train-003.tar"]
-    (tmp_path / "list.txt").write_text(f"# two of them\n{root}/train-003.tar\n\ncorpus/train-000.tar\n")
-    assert names(str(tmp_path / "list.txt")) == ["train-003.tar", "train-000.tar"]
-    whole, part = read_manifest(str(root)), read_manifest(f"{root}/train-00[12].tar")
-    assert whole.fingerprint != part.fingerprint
-    assert read_manifest(f"{root}/*.tar").fingerprint == whole.fingerprint
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=20), max_size=10))
+def test_columns_of_text(texts):
+    column = Texts.of(texts)
+    assert list(column) == texts
+    assert [column[index] for index in range(len(column))] == texts
 
 
-def test_shards_of_two_folders(make_corpus, tmp_path):
-    make_corpus([1], "a")
-    make_corpus([2], "b")
-    manifest = read_manifest(f"{tmp_path}/{{b,a}}/*.tar")
-    assert [shard.path for shard in manifest.shards] == ["b/train-000.tar", "a/train-000.tar"]
-    assert all(manifest.shard_path(number).is_file() for number in range(2))
+def test_names_that_are_not_utf_8_come_back():
+    name = b"\xff.tar".decode("utf-8", "surrogateescape")
+    assert list(Texts.of(["a", name])) == ["a", name]
 
 
-@pytest.mark.parametrize(
-    ("shards", "words"),
-    [
-        ("nowhere", "does not exist"),
-        ("nowhere/*.tar", "names no .tar shards"),
-        ("empty", "names no .tar shards"),
-        ("corpus/train-{000..004}.tar", r"3 of 5 shards are missing, first .*train-002\.tar"),
-        ("bare", "no manifest.json; run: kandinsky-dist data index"),
-        ("bare/*.tar", "no manifest.json; run: kandinsky-dist data index"),
-        ("list.txt", "No such file"),
-        ("s3://bucket/{000..010}.tar", "remote"),
-        ("corpus/train-00{0,0}.tar", "twice"),
-    ],
-)
-def test_errors_are_one_line(make_corpus, tmp_path, monkeypatch, shards, words):
-    make_corpus([1, 1])
-    (tmp_path / "empty").mkdir()
-    write_tar(tmp_path / "bare" / "a.tar", sample(0))
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=words) as caught:
-        read_manifest(shards)
-    assert "\n" not in str(caught.value)
+def many(num_shards: int) -> Manifest:
+    names = [f"{shard // 1000:04d}/{shard:06d}.tar" for shard in range(num_shards)]
+    return Manifest(
+        "/nowhere",
+        Texts.of(names),
+        Texts.of([f"{name}.idx" for name in names]),
+        np.full(num_shards, 10_000),
+        np.full(num_shards, 10**9),
+        np.random.default_rng(0).integers(0, 256, (num_shards, 32), np.uint8),
+        np.full((num_shards, NUM_ASPECTS), 1000),
+    )
 
 
-def test_missing_changed_and_unlisted_shards(make_corpus, caplog):
-    manifest = make_corpus([1, 1, 1])
-    extra = write_tar(manifest.root / "train-003.tar", sample(9))
-    with caplog.at_level(logging.WARNING):
-        assert read_manifest(str(manifest.root)).num_samples == 3
-    assert "1 shards" in caplog.text
-    assert "train-003.tar" in caplog.text
-    with pytest.raises(DataError, match=r"1 of 4 shards are not in a manifest\.json, first .*train-003\.tar"):
-        read_manifest(f"{manifest.root}/*.tar")
-    extra.unlink()
-    os.truncate(manifest.shard_path(1), manifest.shards[1].num_bytes - 512)
-    with pytest.raises(DataError, match=r"train-001\.tar has 9728 bytes, its manifest says 10240"):
-        read_manifest(str(manifest.root))
-    manifest.shard_path(1).unlink()
-    with pytest.raises(DataError, match=r"1 of 3 shards are missing, first .*train-001\.tar"):
-        read_manifest(str(manifest.root))
+def test_a_hundred_thousand_shards_open_at_once(tmp_path):
+    """A billion samples: the file is mapped, not parsed, so that each of many ranks opens it cheaply."""
+    write_manifest(tmp_path, many(100_000))
+    assert (tmp_path / MANIFEST_NAME).stat().st_size < 20 << 20
+    tracemalloc.start()
+    manifest = load_manifest(str(tmp_path), "")
+    assert manifest.num_samples == 10**9
+    assert manifest.tar(99_999) == f"{tmp_path}/0099/099999.tar"
+    assert manifest.shard(54_321).tar == "0054/054321.tar"
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 1 << 20, peak_bytes
+    assert not manifest.num_bytes_S.flags.owndata  # a part of the mapped file
 
 
 def test_damaged_or_foreign_manifest(make_corpus):
     manifest = make_corpus([1])
-    path = manifest.root / "manifest.json"
-    content = json.loads(path.read_text())
-    for text, words in (
-        ("{", "cannot be read"),
-        (json.dumps({**content, "version": 9}), "version 9"),
-        ("[]", "read"),
+    path = Path(manifest.root) / MANIFEST_NAME
+    whole = path.read_bytes()
+    columns = safetensors.numpy.load(whole)
+    for data, words in (
+        (b"", "cannot be read"),
+        (b"{", "cannot be read"),
+        (whole[:50], "cut short"),
+        (whole[:-7], "cannot be read"),
+        (safetensors.numpy.save(columns, {"version": "9"}), "version 9, this program reads 2"),
+        (safetensors.numpy.save({"tar_bytes": columns["tar_bytes"]}, {"version": "2"}), "cannot be read"),
+        (safetensors.numpy.save(columns), "cannot be read"),
     ):
-        path.write_text(text)
-        with pytest.raises(DataError, match=words):
-            read_manifest(str(manifest.root))
-    index_shards(str(manifest.root), progress=False)
-    assert read_manifest(str(manifest.root)).fingerprint == manifest.fingerprint
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=f"{words}.*; run: kandinsky-dist data index {manifest.root}"):
+            read_manifest(manifest.root)
+    assert index_shards(manifest.root, progress=False).fingerprint == manifest.fingerprint
+    assert read_manifest(manifest.root).fingerprint == manifest.fingerprint
 
 
-def test_no_samples_at_all(make_corpus):
-    manifest = make_corpus([1])
-    path = manifest.root / "manifest.json"
-    content = json.loads(path.read_text())
-    content["shards"][0]["num_samples"] = 0
-    path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="no samples"):
-        read_manifest(str(manifest.root))
+def test_several_corpora_as_one(make_corpus):
+    one, two = make_corpus([2, 1], "one"), make_corpus([3], "two")
+    both = concatenate([one, two])
+    assert both.num_samples_S.tolist() == [2, 1, 3]
+    assert [both.tar(number) for number in range(3)] == [one.tar(0), one.tar(1), two.tar(0)]
+    assert LocalStorage(both).read(Place(2, 2)).key == "00002"
+    assert concatenate([one]) is one

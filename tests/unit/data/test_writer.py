@@ -7,7 +7,9 @@ import pytest
 from data_tars import picture
 
 from kandinsky_dist.data.catalogue import read_manifest
+from kandinsky_dist.data.shard_index import read_shard_index
 from kandinsky_dist.data.storage import LocalStorage
+from kandinsky_dist.data.tables import Place
 from kandinsky_dist.data.writer import write_shards
 from kandinsky_dist.errors import ConfigError, DataError
 
@@ -30,10 +32,10 @@ def contents(folder):
 
 def test_shards_are_complete_readable_and_deterministic(tmp_path):
     manifest = write_shards(samples(5), tmp_path / "a", samples_per_shard=2, origin=ORIGIN)
-    assert [shard.path for shard in manifest.shards] == [f"train-{number:05d}.tar" for number in range(3)]
-    assert manifest.shard_sizes.tolist() == [2, 2, 1]
-    assert manifest == read_manifest(str(tmp_path / "a"))
-    found = LocalStorage(manifest).read(1, 1)
+    assert list(manifest.tars) == [f"train-{number:05d}.tar" for number in range(3)]
+    assert manifest.num_samples_S.tolist() == [2, 2, 1]
+    assert manifest.fingerprint == read_manifest(str(tmp_path / "a")).fingerprint
+    found = LocalStorage(manifest).read(Place(1, 1))
     assert (found.key, found.members["png"], found.members["txt"]) == ("k3", picture(3), b"caption 3")
     again = write_shards(samples(5), tmp_path / "b 100%", samples_per_shard=2, origin=ORIGIN)
     assert contents(tmp_path / "a") == contents(tmp_path / "b 100%")
@@ -49,7 +51,9 @@ def test_the_same_call_is_kept_and_another_refused(tmp_path, caplog):
         yield
 
     with caplog.at_level(logging.WARNING):
-        assert write_shards(untouched(), tmp_path / "a", samples_per_shard=2, origin=ORIGIN) == first
+        assert (
+            write_shards(untouched(), tmp_path / "a", samples_per_shard=2, origin=ORIGIN).root == first.root
+        )
     assert "already complete (3 samples): kept" in caplog.text
     with pytest.raises(ConfigError, match="exists and was not made by this very command"):
         write_shards(untouched(), tmp_path / "a", samples_per_shard=2, origin={**ORIGIN, "seed": 2})
@@ -57,6 +61,12 @@ def test_the_same_call_is_kept_and_another_refused(tmp_path, caplog):
     (tmp_path / "mine" / "thesis.tex").write_text("...")
     with pytest.raises(ConfigError, match="remove it or choose another folder"):
         write_shards(untouched(), tmp_path / "mine", samples_per_shard=2, origin=ORIGIN)
+
+
+def test_every_member_has_a_checksum(tmp_path):
+    manifest = write_shards(samples(3), tmp_path / "a", samples_per_shard=2, origin=ORIGIN)
+    for shard in range(2):
+        assert (read_shard_index(manifest.sidecar(shard), "").checksums_NE >= 0).all()
 
 
 def test_an_empty_folder_is_filled(tmp_path):
@@ -82,7 +92,7 @@ def test_long_keys(tmp_path):
     key = "folder/" + "x" * 300
     sample = {"__key__": key, "png": picture(0), "txt": b"caption"}
     manifest = write_shards([sample], tmp_path / "a", samples_per_shard=2, origin=ORIGIN)
-    assert LocalStorage(manifest).read(0, 0).key == key
+    assert LocalStorage(manifest).read(Place(0, 0)).key == key
 
 
 def test_no_space_left_is_one_line_and_leaves_nothing(tmp_path):
@@ -107,6 +117,6 @@ def test_no_space_left_is_one_line_and_leaves_nothing(tmp_path):
         timeout=120,
         check=False,
     )
-    assert result.stdout.startswith(f"no space left for shards in {tmp_path} ("), result
+    assert result.stdout.startswith(f"no space left for {tmp_path}/a in {tmp_path} ("), result
     assert result.stdout.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
