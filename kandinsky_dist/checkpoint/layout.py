@@ -39,12 +39,13 @@ class RunState:
     """Where a run stands. Data order, noise and learning rate follow from `step` and `samples_consumed`.
 
     `pending_losses` are the global losses of steps since the last log entry, so that a resumed run's next
-    entry is the mean over the same steps.
+    entry is the mean over the same steps; `num_bad_samples` counts those that were replaced so far.
     """
 
     step: int = 0
     samples_consumed: int = 0
     pending_losses: list[float] = field(default_factory=list)
+    num_bad_samples: int = 0
 
     def advance(self, num_samples: int) -> None:
         """Counts one optimizer step."""

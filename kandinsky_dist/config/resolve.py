@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kandinsky_dist.config.loader import DEFAULT_ORIGIN, Resolved
-from kandinsky_dist.config.schema import KEYS, Config
+from kandinsky_dist.config.schema import KEYS, Config, DataConfig
 from kandinsky_dist.errors import ConfigError
 
 _POSITIVE = (
@@ -14,6 +14,8 @@ _POSITIVE = (
     "data.global_batch_size",
     "data.micro_batch_size",
     "data.resolution",
+    "data.read_ahead_mib",
+    "data.cache_gib",
     "optim.learning_rate",
     "optim.adam_epsilon",
     "parallel.bucket_mib",
@@ -31,6 +33,7 @@ _NOT_NEGATIVE = (
     "validation.every_steps",
 )
 _SHARES = ("data.caption_dropout", "data.image_embedding_dropout", "optim.adam_beta1", "optim.adam_beta2")
+_WHOLE_SHARES = ("data.horizontal_flip", "data.max_bad_fraction")
 
 
 def check(resolved: Resolved, *, world_size: int) -> None:
@@ -72,6 +75,7 @@ def _ranges(config: Config) -> Iterator[str]:
         (_POSITIVE, lambda value: value > 0, "above 0"),
         (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
         (_SHARES, lambda value: 0 <= value < 1, "in [0, 1)"),
+        (_WHOLE_SHARES, lambda value: 0 <= value <= 1, "in [0, 1]"),
         (("checkpoint.keep",), lambda value: value >= 2, "2 or more: the newest may be damaged"),
     )
     for keys, holds, rule in rules:
@@ -107,8 +111,7 @@ def _batch_arithmetic(config: Config, world_size: int) -> Iterator[str]:
 
 def _combinations(resolved: Resolved) -> Iterator[str]:
     config = resolved.config
-    if config.data.shards is None:
-        yield "data.shards is not set: a folder of tar shards (kandinsky-dist data demo OUT makes one)"
+    yield from _corpus(config.data)
     if config.validation.every_steps and config.validation.shards is None:
         yield (
             f"validation.every_steps={config.validation.every_steps} needs validation.shards; "
@@ -131,6 +134,36 @@ def _combinations(resolved: Resolved) -> Iterator[str]:
     for key in config.run.allow_change:
         if key not in KEYS:
             yield f"run.allow_change lists {key}, which is no key"
+
+
+def _corpus(data: DataConfig) -> Iterator[str]:
+    if data.shards is None and not data.mixture:
+        yield "data.shards is not set: a folder of tar shards (kandinsky-dist data demo OUT makes one)"
+    if data.shards is not None and data.mixture:
+        yield f"data.shards={data.shards} and data.mixture are both set: give one of them"
+    for part in data.mixture:
+        shards, _, weight = part.rpartition("=")
+        if not shards or not _is_weight(weight):
+            yield f"data.mixture has {part!r}; each corpus is SHARDS=WEIGHT with a weight above 0"
+    if not data.captions:
+        yield "data.captions is empty: name at least one source, such as txt"
+    is_pipe = (data.shards or "").startswith("pipe:")
+    if data.source == "stream" and (data.mixture or data.aspect_buckets):
+        yield "data.source=stream knows no data.mixture and no data.aspect_buckets: these need a manifest"
+    if is_pipe and data.source != "stream":
+        yield (
+            "data.shards=pipe:... has no manifest: index the shards, or read it with data.source=stream and "
+            "data.allow_pipe=true"
+        )
+    elif is_pipe and not data.allow_pipe:
+        yield "data.shards=pipe:... runs a shell command: allow it with data.allow_pipe=true"
+
+
+def _is_weight(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _packages(config: Config) -> Iterator[str]:

@@ -43,12 +43,47 @@ class ModelConfig:
 class DataConfig:
     """What is trained on and how it is cut into batches."""
 
-    shards: str | None = option(None, "shard folder, glob, brace pattern {000..099} or list file (.txt)")
-    source: Literal["raw"] = option("raw", "raw: images and captions, encoded as they are trained on")
-    num_workers: int = option(2, "decoding processes a rank; 0 decodes in the training process")
+    shards: str | None = option(
+        None, "shard folder, glob, brace pattern {000..099}, list file (.txt), or folder URL (https, s3)"
+    )
+    mixture: tuple[str, ...] = option(
+        (), "several corpora in place of shards, each SHARDS=WEIGHT, e.g. [/a=0.7,/b=0.3]"
+    )
+    source: Literal["raw", "stream"] = option(
+        "raw",
+        "raw: images and captions, encoded as they are trained on; stream: the same from tars without a "
+        "manifest, in random order without end, which cannot be resumed exactly",
+    )
+    allow_pipe: bool = option(False, "let source=stream run pipe: shards, which are shell commands")
+    num_workers: int = option(
+        2, "decoding threads a rank, in one process for every 4; 0 decodes in the training process"
+    )
+    read_ahead_mib: int = option(256, "remote shards: MiB fetched in advance by each decoding process")
+    cache_dir: str | None = option(
+        None, "remote shards: local folder in which the processes of a machine share what was fetched"
+    )
+    cache_gib: float = option(64.0, "GiB that cache_dir may take")
+    max_bad_fraction: float = option(
+        0.01, "share of damaged samples (replaced by others) above which the run stops, 0 to 1"
+    )
     global_batch_size: int = option(64, "samples an optimizer step, over all ranks")
     micro_batch_size: int = option(8, "samples a forward pass on one rank")
     resolution: int = option(512, "side of the decoder's square images, pixels", stage="decoder")
+    aspect_buckets: bool = option(
+        False,
+        "batches of one aspect ratio each, with the area of resolution x resolution, in place of squares",
+        stage="decoder",
+    )
+    horizontal_flip: float = option(0.0, "share of images that are mirrored, 0 to 1")
+    random_crop: bool = option(
+        False, "cut the image anywhere, not in its middle (CLIP sees the middle)", stage="decoder"
+    )
+    captions: tuple[str, ...] = option(
+        ("txt",),
+        "members that hold captions, or fields of a .json member, and how often each is taken, "
+        "e.g. [txt=0.7,json.tags=0.3]",
+        stage="prior",
+    )
     caption_dropout: float = option(
         0.1, "share of captions replaced by '' for guidance, 0 to 1", stage="prior"
     )

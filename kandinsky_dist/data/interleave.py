@@ -18,6 +18,8 @@ Int64s = npt.NDArray[np.int64]
 
 MAX_PERIOD = 2**20
 """Turns of a period at most: what one keeps in memory is 12 bytes a turn."""
+MIN_PERIOD = 8
+"""Turns of a period at least: a shorter one would be looked up for every turn."""
 NUM_CACHED_PERIODS = 2
 
 
@@ -25,14 +27,15 @@ class Interleave:
     """Turn -> whose it is, and which of that sequence's turns.
 
     Args:
-        rates: turns of each sequence a period, above 0; scaled down together if a period would be too long.
+        rates: turns of each sequence a period, above 0; scaled together where a period would be too long or short.
         seed: of the shuffle.
     """
 
     def __init__(self, rates: Sequence[Fraction], *, seed: int) -> None:
         assert rates
         assert min(rates) > 0
-        scale = max(1, -(-sum(rates) // MAX_PERIOD))
+        total = sum(rates, Fraction(0))
+        scale = -(-total // MAX_PERIOD) if total > MAX_PERIOD else min(Fraction(1), total / MIN_PERIOD)
         self._rates = [rate / scale for rate in rates]
         self._sum = sum(self._rates, Fraction(0))
         self._seed = seed

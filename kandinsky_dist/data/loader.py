@@ -1,20 +1,31 @@
-"""Batches on the device, in the plan's order, whatever the world size and the number of workers.
+"""Batches on the device, in the run's order, whatever the world size and the number of workers.
 
 Letters of shapes: B samples of a micro-batch.
 """
 
+import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from kandinsky_dist.data.dataset import Batch, ShardDataset
-from kandinsky_dist.data.workers import next_from, start_worker, worker_processes
-from kandinsky_dist.errors import KandinskyError
+from kandinsky_dist.data.batch import Batch
+from kandinsky_dist.data.dataset import ShardDataset
+from kandinsky_dist.data.pipeline import assembled
+from kandinsky_dist.data.workers import WorkerDiedError, next_from, start_worker, worker_processes
+from kandinsky_dist.errors import DataError, KandinskyError
+
+THREADS_PER_PROCESS = 4
+"""More would wait for one another's turns at the interpreter's lock."""
+MAX_DEATHS = 3
+"""Worker processes in a row that may die before one of them hands over a batch."""
+
+logger = logging.getLogger(__name__)
 
 
 class Loader:
@@ -56,19 +67,17 @@ class Loader:
             samples_consumed: samples, over all ranks, that training has already seen.
 
         Raises:
-            DataError: a sample that cannot be read, or a worker process that died.
+            DataError: a storage that fails, or worker processes that die again and again.
         """
-        micro_batches = self._on_device(
-            self._micro_batches(_TrainingPositions(self, samples_consumed), self.num_workers)
-        )
+        batches = self._on_device(self._batches(partial(self._training_lists, samples_consumed)))
         try:
             while True:
-                yield [self._timed_next(micro_batches) for _ in range(self.num_micro)]
+                yield [self._timed_next(batches) for _ in range(self.num_micro)]
         finally:
-            micro_batches.close()
+            batches.close()
 
     def held_out(self, num_samples: int) -> Generator[tuple[Batch, Tensor], None, None]:
-        """One pass over the first samples of the plan, as many batches on every rank.
+        """One pass over the first samples of the order, as many batches on every rank.
 
         Args:
             num_samples: over all ranks; at most one epoch is taken.
@@ -77,20 +86,29 @@ class Loader:
             a batch and weights_B (fp32, on the device): 1 for a sample, 0 for a repeated one that only fills
             the batch. Over all ranks, the weights sum to the number of samples.
         """
-        num_samples = min(num_samples, self.dataset.plan.num_samples)
+        num_samples = min(num_samples, self.dataset.order.num_samples)
         stride = self.micro_batch_size * self.world_size
         numbers = np.arange(-(-num_samples // stride) * stride).reshape(
             -1, self.micro_batch_size, self.world_size
         )
         mine = numbers[:, :, self.rank]
-        positions = np.minimum(mine, num_samples - 1).tolist()
+        lists = np.minimum(mine, num_samples - 1).tolist()
         weights = torch.from_numpy((mine < num_samples).astype(np.float32)).to(self.device)
-        batches = self._on_device(self._micro_batches(positions, min(self.num_workers, len(positions))))
+        batches = self._on_device(self._batches(lambda: iter(lists)))
         try:
             for weights_B in weights:
                 yield self._timed_next(batches), weights_B
         finally:
             batches.close()
+
+    def _training_lists(self, samples_consumed: int) -> Iterator[range]:
+        """Positions of this rank's micro-batches, for ever."""
+        base = samples_consumed
+        while True:
+            mine = range(base + self.rank, base + self.global_batch_size, self.world_size)
+            for first in range(0, len(mine), self.micro_batch_size):
+                yield mine[first : first + self.micro_batch_size]
+            base += self.global_batch_size
 
     def _timed_next(self, batches: Iterator[Batch]) -> Batch:
         start = time.monotonic()
@@ -99,15 +117,33 @@ class Loader:
         finally:
             self.data_wait_seconds += time.monotonic() - start
 
-    def _micro_batches(self, positions: Any, num_workers: int) -> Generator[Batch, None, None]:
-        """Batches on the host, in the order of `positions` (an iterable of lists)."""
+    def _batches(self, lists: Callable[[], Iterator[Sequence[int]]]) -> Generator[Batch, None, None]:
+        """Batches on the host, in the order of the lists; a worker that dies is replaced where it was."""
+        if self.num_workers == 0:
+            for batch in assembled(self.dataset, lists(), 0):
+                yield batch.pin_memory() if self.device.type == "cuda" else batch
+            return
+        num_delivered, num_deaths = 0, 0
+        while True:
+            try:
+                for batch in self._from_workers(partial(_from, lists, num_delivered)):
+                    yield batch
+                    num_delivered, num_deaths = num_delivered + 1, 0
+                return
+            except WorkerDiedError as death:
+                num_deaths += 1
+                if num_deaths == MAX_DEATHS:
+                    raise
+                logger.warning("%s; replaced, with nothing lost or repeated", death)
+
+    def _from_workers(self, lists: Callable[[], Iterator[Sequence[int]]]) -> Generator[Batch, None, None]:
+        num_processes = -(-self.num_workers // THREADS_PER_PROCESS)
         loader = DataLoader(
-            _ErrorsAsValues(self.dataset),
-            batch_sampler=positions,
-            num_workers=num_workers,
-            collate_fn=_unchanged,
+            _Assembling(self.dataset, lists, -(-self.num_workers // num_processes)),
+            batch_size=None,
+            num_workers=num_processes,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=start_worker if num_workers else None,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # its own: the default one is not ours to advance
         )
         with worker_processes(loader) as iterator:
@@ -120,61 +156,48 @@ class Loader:
                     raise batch
                 yield batch
 
-    def _on_device(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
-        """Copies to the device; on a GPU one micro-batch ahead, beside the computation."""
-        if self.device.type != "cuda":
-            for batch in batches:
-                yield batch.to(self.device)
-            return
-        stream = torch.cuda.Stream(self.device)
-        ahead: tuple[Batch, torch.cuda.Event] | None = None
-        for batch in batches:
-            with torch.cuda.stream(stream):
-                copied = batch.to(self.device, non_blocking=True)
-            arriving = copied, stream.record_event()
-            if ahead is not None:
-                yield self._arrived(*ahead)
-            ahead = arriving
-        if ahead is not None:
-            yield self._arrived(*ahead)
-
-    def _arrived(self, batch: Batch, event: torch.cuda.Event) -> Batch:
-        """Makes the current stream wait for a copy, on the device; no host sync."""
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(event)
-        for tensor in batch.tensors():
-            tensor.record_stream(current)  # else the copy stream could reuse its memory while it is read
-        return batch
-
-
-class _TrainingPositions:
-    """Endless lists of the positions of one rank's micro-batches."""
-
-    def __init__(self, loader: Loader, samples_consumed: int) -> None:
-        self._loader = loader
-        self._start = samples_consumed
-
-    def __iter__(self) -> Iterator[list[int]]:
-        loader, base = self._loader, self._start
-        while True:
-            mine = range(base + loader.rank, base + loader.global_batch_size, loader.world_size)
-            for first in range(0, len(mine), loader.micro_batch_size):
-                yield list(mine[first : first + loader.micro_batch_size])
-            base += loader.global_batch_size
-
-
-class _ErrorsAsValues(Dataset):
-    """Hands our own errors over as results: torch would wrap what a worker raises in a traceback's text."""
-
-    def __init__(self, dataset: ShardDataset) -> None:
-        self._dataset = dataset
-
-    def __getitems__(self, positions: Sequence[int]) -> Batch | KandinskyError:
+    def _on_device(self, batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+        """Copies to the device; on a GPU beside the computation that is under way."""
         try:
-            return self._dataset.__getitems__(positions)
-        except KandinskyError as error:
-            return error.with_traceback(None)
+            if self.device.type != "cuda":
+                for batch in batches:
+                    yield batch.to(self.device)
+                return
+            stream = torch.cuda.Stream(self.device)
+            for batch in batches:
+                with torch.cuda.stream(stream):
+                    copied = batch.to(self.device, non_blocking=True)
+                current = torch.cuda.current_stream(self.device)
+                current.wait_stream(stream)  # on the device: no host sync
+                for tensor in copied.tensors():
+                    tensor.record_stream(
+                        current
+                    )  # else the copy stream could reuse its memory while it is read
+                yield copied
+        finally:
+            batches.close()
 
 
-def _unchanged(batch: Any) -> Any:
-    return batch
+class _Assembling(IterableDataset):
+    """What a worker process iterates over: every num_workers-th batch, so that all of them take turns."""
+
+    def __init__(
+        self, dataset: ShardDataset, lists: Callable[[], Iterator[Sequence[int]]], num_threads: int
+    ) -> None:
+        self._dataset = dataset
+        self._lists = lists
+        self._num_threads = num_threads
+
+    def __iter__(self) -> Iterator[Batch | KandinskyError]:
+        worker = get_worker_info()
+        assert worker is not None
+        mine = islice(self._lists(), worker.id, None, worker.num_workers)
+        try:
+            yield from assembled(self._dataset, mine, self._num_threads)
+        except DataError as error:
+            # As a value: torch would wrap what a worker raises in a traceback's text.
+            yield error.with_traceback(None)
+
+
+def _from(lists: Callable[[], Iterable[Sequence[int]]], first: int) -> Iterator[Sequence[int]]:
+    return islice(lists(), first, None)

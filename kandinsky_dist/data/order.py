@@ -17,7 +17,7 @@ import numpy.typing as npt
 from kandinsky_dist.data.aspects import NUM_ASPECTS, WHOLE
 from kandinsky_dist.data.interleave import Interleave
 from kandinsky_dist.data.manifest import Manifest, concatenate
-from kandinsky_dist.data.plan import NUM_LANES, Plan, default_chunk_samples
+from kandinsky_dist.data.plan import Plan, default_chunk_samples
 from kandinsky_dist.data.tables import Place
 from kandinsky_dist.runtime.hashing import Stream, hash_counters
 
@@ -77,9 +77,7 @@ class Leaf:
         self, counts_S: npt.NDArray[np.int64], num_bytes: int, *, seed: int, first_shard: int, aspect: int
     ) -> None:
         num_samples = int(counts_S.sum())
-        self._plan = Plan(
-            counts_S, seed=seed, chunk_samples=default_chunk_samples(num_samples, num_bytes, NUM_LANES)
-        )
+        self._plan = Plan(counts_S, seed=seed, chunk_samples=default_chunk_samples(num_samples, num_bytes))
         self._counts_S = counts_S
         self._seed = seed
         self._first_shard = first_shard

@@ -23,6 +23,7 @@ Int64s = npt.NDArray[np.int64]
 NUM_LANES = 64
 CHUNK_BYTES = 8 * 2**20
 """One request to an object store: long enough that latency does not count, short enough to be shuffled."""
+MAX_CHUNK_SAMPLES = 1024
 CHUNKS_PER_LANE = 8
 MAX_CHUNKS = 2 * 2**20
 """Bounds memory: an epoch keeps 12 bytes a chunk."""
@@ -38,18 +39,16 @@ class _Epoch:
     slot_ends: Int64s
 
 
-def default_chunk_samples(num_samples: int, num_bytes: int, num_lanes: int) -> int:
+def default_chunk_samples(num_samples: int, num_bytes: int | None = None, num_lanes: int = NUM_LANES) -> int:
     """Samples of a chunk: several chunks a lane, so that small corpora are well shuffled too.
 
     Args:
         num_samples: of the corpus.
-        num_bytes: of its tars.
+        num_bytes: of its tars, where known.
         num_lanes: of the plan.
     """
-    per_request = CHUNK_BYTES * num_samples // max(1, num_bytes)
-    return max(
-        1, min(per_request, num_samples // (num_lanes * CHUNKS_PER_LANE)), -(-num_samples // MAX_CHUNKS)
-    )
+    longest = MAX_CHUNK_SAMPLES if num_bytes is None else CHUNK_BYTES * num_samples // max(1, num_bytes)
+    return max(1, min(longest, num_samples // (num_lanes * CHUNKS_PER_LANE)), -(-num_samples // MAX_CHUNKS))
 
 
 class Plan:
@@ -62,7 +61,7 @@ class Plan:
         shard_sizes: samples of each shard, any may be 0.
         seed: run.seed.
         num_lanes: reading fronts; ranks stay out of each other's shards if the world size divides it.
-        chunk_samples: of neighbours that are read together; see `default_chunk_samples`.
+        chunk_samples: neighbours that are read together; None takes `default_chunk_samples`.
         window_chunks: chunks over which a lane is shuffled.
 
     Raises:
@@ -75,7 +74,7 @@ class Plan:
         *,
         seed: int,
         num_lanes: int = NUM_LANES,
-        chunk_samples: int = 1,
+        chunk_samples: int | None = None,
         window_chunks: int = 4,
     ) -> None:
         sizes = np.asarray(shard_sizes, np.int64)
@@ -84,7 +83,7 @@ class Plan:
             raise DataError(f"no samples in {len(sizes)} shards: there is nothing to train on")
         self.seed = seed
         self.num_lanes = min(num_lanes, self.num_samples)
-        self.chunk_samples = chunk_samples
+        self.chunk_samples = chunk_samples or default_chunk_samples(self.num_samples, num_lanes=num_lanes)
         self.window_samples = window_chunks * self.chunk_samples
         self._sizes = sizes
         self._chunk_ends = np.cumsum(-(-sizes // self.chunk_samples))  # one entry a shard

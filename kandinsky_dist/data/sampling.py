@@ -1,15 +1,16 @@
-"""A look at a corpus without training on it."""
+"""A few pictures of a corpus, the same ones each time."""
 
 from collections.abc import Iterator
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from kandinsky_dist.data.dataset import ShardDataset, Views
-from kandinsky_dist.data.manifest import read_manifest
-from kandinsky_dist.data.plan import Plan
-from kandinsky_dist.data.storage import LocalStorage
+from kandinsky_dist.data.catalogue import read_manifest
+from kandinsky_dist.data.dataset import ShardDataset
+from kandinsky_dist.data.order import Order
+from kandinsky_dist.data.remote_storage import make_storage
+from kandinsky_dist.data.rows import Views
+
+READ_AHEAD_BYTES = 64 * 2**20
 
 
 def first_pictures(shards: str, *, num_samples: int, side: int, batch_size: int) -> Iterator[Tensor]:
@@ -24,14 +25,12 @@ def first_pictures(shards: str, *, num_samples: int, side: int, batch_size: int)
     Yields:
         uint8 (B, 3, side, side).
     """
-    manifest = read_manifest(shards)
-    views = Views(clip_size=side, resolution=None, tokenize=None, caption_dropout=0.0, seed=0)
-    plan = Plan(manifest.shard_sizes, seed=0)
-    dataset = ShardDataset(manifest, plan, views, LocalStorage(manifest))
-    positions = np.arange(min(num_samples, plan.num_samples))
-    for first in range(0, len(positions), batch_size):
-        clip_pixels_BCHW = dataset.__getitems__(
-            positions[first : first + batch_size].tolist()
-        ).clip_pixels_BCHW
-        assert isinstance(clip_pixels_BCHW, torch.Tensor)
+    order = Order([read_manifest(shards, "shards")], seed=0)
+    views = Views(clip_size=side, resolution=None, tokenize=None, captions=None, seed=0)
+    storage = make_storage(order.manifest, read_ahead_bytes=READ_AHEAD_BYTES, cache_dir=None, cache_bytes=0)
+    dataset = ShardDataset(order, views, storage)
+    num_samples = min(num_samples, order.num_samples)
+    for first in range(0, num_samples, batch_size):
+        clip_pixels_BCHW = dataset.batch(range(first, min(first + batch_size, num_samples))).clip_pixels_BCHW
+        assert clip_pixels_BCHW is not None
         yield clip_pixels_BCHW

@@ -13,6 +13,11 @@ import torch
 
 from kandinsky_dist.errors import DataError
 
+
+class WorkerDiedError(DataError):
+    """A worker process ended, by the system's hand or its own."""
+
+
 _alive: "weakref.WeakSet[Any]" = weakref.WeakSet()
 """torch iterators whose workers have not been stopped."""
 _num_waiting = 0
@@ -47,7 +52,7 @@ def next_from(iterator: Any) -> Any:
     """The next item of an iterator that `worker_processes` gave.
 
     Raises:
-        DataError: a worker died; in one line.
+        WorkerDiedError: a worker died; in one line.
     """
     try:
         with _raising_worker_deaths():
@@ -57,7 +62,7 @@ def next_from(iterator: Any) -> Any:
         dead = [worker for worker in getattr(iterator, "_workers", ()) if not worker.is_alive()]
         if not dead:
             raise
-        raise DataError(
+        raise WorkerDiedError(
             f"a data worker (process {dead[0].pid}) {_ending(dead[0].exitcode)}; if memory or /dev/shm "
             "ran out, lower data.num_workers or data.micro_batch_size"
         ) from error

@@ -9,7 +9,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether this process was asked to stop. Ranks agree on it by `runtime.agree.LaggedFlag`."""
+    """Whether this process was asked to stop. Ranks agree on it by `train.feed.Feed`."""
 
     def __init__(self) -> None:
         self._signal: int | None = None

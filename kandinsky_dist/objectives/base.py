@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kandinsky_dist.data.dataset import Batch
+from kandinsky_dist.data.batch import Batch
 from kandinsky_dist.runtime import rng
 from kandinsky_dist.runtime.hashing import Stream
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kandinsky_dist.data.dataset import Batch
+from kandinsky_dist.data.batch import Batch
 from kandinsky_dist.objectives.base import TRAINING_DRAW, Draw, Prepared, mean_losses, roll_conditions
 from kandinsky_dist.objectives.noise import NoiseSchedule, sample_losses
 from kandinsky_dist.objectives.pixels import Normalisation

@@ -68,6 +68,21 @@ class JsonLines:
         self._lines.close()
 
 
+class BadSampleLog:
+    """bad_samples.jsonl: each damaged sample, why it cannot be used and what was trained on in its place."""
+
+    def __init__(self, path: Path) -> None:
+        self._lines = _LineFile(path)
+
+    def write(self, step: int, entry: Mapping[str, Any]) -> None:
+        """Appends one line."""
+        self._lines.append({"step": step, **entry})
+
+    def close(self) -> None:
+        """Waits until the lines are on the disk."""
+        self._lines.close()
+
+
 class AuditLog:
     """audit/rank_*.jsonl: the keys of the samples that this rank trained on, one object a step."""
 

@@ -10,11 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky_dist.config.schema import Config
-from kandinsky_dist.data.dataset import ShardDataset, Views
-from kandinsky_dist.data.loader import Loader
-from kandinsky_dist.data.manifest import Manifest, read_manifest
-from kandinsky_dist.data.plan import Plan
-from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.models import blocks
 from kandinsky_dist.models.frozen import clip_preprocessing, load_image_encoder, load_movq, load_text_encoder
 from kandinsky_dist.models.load import (
@@ -23,7 +18,6 @@ from kandinsky_dist.models.load import (
     pipeline_folder,
     weights_fingerprint,
 )
-from kandinsky_dist.models.tokenizer import load_tokenizer
 from kandinsky_dist.objectives.base import Objective
 from kandinsky_dist.objectives.decoder import DecoderObjective
 from kandinsky_dist.objectives.noise import NoiseSchedule
@@ -31,7 +25,6 @@ from kandinsky_dist.objectives.pixels import Normalisation
 from kandinsky_dist.objectives.prior import PriorObjective
 from kandinsky_dist.optim.adamw import build_adamw
 from kandinsky_dist.parallel.base import ModelPlan
-from kandinsky_dist.runtime.process import Process
 
 PRIOR_COMPONENTS = ("prior", "text_encoder", "tokenizer", "image_encoder", "image_processor")
 DECODER_COMPONENTS = ("unet", "movq", "scheduler")
@@ -150,54 +143,12 @@ def decoder_schedule(folder: Path) -> NoiseSchedule:
     return NoiseSchedule.of_scheduler(DDPMScheduler.from_pretrained(folder, subfolder="scheduler"))
 
 
-def build_loader(
-    config: Config, folders: Folders, manifest: Manifest, process: Process, *, is_training: bool
-) -> Loader:
-    """Batches of one corpus; captions are dropped in training only."""
-    is_prior = config.stage == "prior"
-    views = Views(
-        clip_size=clip_preprocessing(folders.prior).size,
-        resolution=None if is_prior else config.data.resolution,
-        tokenize=load_tokenizer(folders.prior) if is_prior else None,
-        caption_dropout=config.data.caption_dropout if is_prior and is_training else 0.0,
-        seed=config.run.seed,
-    )
-    plan = Plan(manifest.shard_sizes, seed=config.run.seed)
-    return Loader(
-        ShardDataset(manifest, plan, views, LocalStorage(manifest)),
-        global_batch_size=config.data.global_batch_size,
-        micro_batch_size=config.data.micro_batch_size,
-        rank=process.rank,
-        world_size=process.world_size,
-        num_workers=config.data.num_workers if is_training else 0,
-        device=process.device,
-    )
-
-
-def training_manifest(config: Config) -> Manifest:
-    """The training corpus."""
-    assert config.data.shards is not None
-    return read_manifest(config.data.shards, "data.shards")
-
-
-def validation_manifest(config: Config) -> Manifest:
-    """The held-out corpus."""
-    assert config.validation.shards is not None
-    return read_manifest(config.validation.shards, "validation.shards")
-
-
-def identity(config: Config, folders: Folders, manifest: Manifest) -> dict[str, Any]:
-    """Configuration key -> value or fingerprint that a resumed run must share with its checkpoint."""
-    keys = [
-        "run.seed",
-        "data.global_batch_size",
-        "model.variant",
-        "objective.snr_gamma",
-        *(["data.caption_dropout"] if config.stage == "prior" else []),
-        *(["data.image_embedding_dropout", "data.resolution"] if config.stage == "decoder" else []),
-    ]
-    found: dict[str, Any] = {"stage": config.stage, **{key: config.get(key) for key in keys}}
-    found["data.shards"] = f"corpus {manifest.fingerprint[:16]}"
+def identity(config: Config, folders: Folders) -> dict[str, Any]:
+    """Configuration key -> value or fingerprint of the model that a resumed run must share."""
+    found: dict[str, Any] = {
+        "stage": config.stage,
+        **{key: config.get(key) for key in ("model.variant", "objective.snr_gamma")},
+    }
     if config.model.variant == "lora":
         found["model.lora_rank"] = config.model.lora_rank
     weights = {"model.prior": weights_fingerprint(folders.prior, folders.prior_networks)}

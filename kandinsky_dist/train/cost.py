@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kandinsky_dist.config.schema import Config
-from kandinsky_dist.data.dataset import Batch
+from kandinsky_dist.data.batch import Batch
 from kandinsky_dist.models.frozen import clip_preprocessing
 from kandinsky_dist.objectives.base import Objective
 from kandinsky_dist.telemetry.flops import count_forward_flops

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kandinsky_dist.data.dataset import Batch
+from kandinsky_dist.data.batch import Batch
 from kandinsky_dist.objectives.base import Objective
 from kandinsky_dist.parallel.base import StepOutcome, Strategy
 

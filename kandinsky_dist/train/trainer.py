@@ -1,14 +1,22 @@
 """The trainer: one loop for both stages and every strategy."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from statistics import fmean
 
 from kandinsky_dist.checkpoint.manager import CheckpointManager
 from kandinsky_dist.config.loader import Resolved
 from kandinsky_dist.config.resolve import num_micro, run_dir
-from kandinsky_dist.data.dataset import Batch
-from kandinsky_dist.errors import DISK_FULL, ConfigError, DiskFullError, StoppedError
+from kandinsky_dist.data.batch import BadSample, Batch
+from kandinsky_dist.errors import (
+    DISK_FULL,
+    ConfigError,
+    DataError,
+    DiskFullError,
+    KandinskyError,
+    StoppedError,
+)
 from kandinsky_dist.faults.preempt import StopRequest
 from kandinsky_dist.optim.schedule import learning_rate
 from kandinsky_dist.parallel.base import StepOutcome
@@ -19,11 +27,15 @@ from kandinsky_dist.runtime.logs import say
 from kandinsky_dist.runtime.process import Process
 from kandinsky_dist.telemetry.meter import Meter
 from kandinsky_dist.telemetry.progress import Progress
-from kandinsky_dist.telemetry.sinks import AuditLog, Sink, open_sinks
-from kandinsky_dist.train import build
+from kandinsky_dist.telemetry.sinks import AuditLog, BadSampleLog, Sink, open_sinks
+from kandinsky_dist.train import build, corpora
 from kandinsky_dist.train.cost import flops_per_sample
 from kandinsky_dist.train.evaluate import evaluate
+from kandinsky_dist.train.feed import Feed, StepData
 from kandinsky_dist.train.step import LossWindow, train_step
+
+MIN_JUDGED_SAMPLES = 1000
+"""A share of damaged samples says little of a corpus before so many have been seen."""
 
 
 class Trainer:
@@ -34,15 +46,15 @@ class Trainer:
         self.process = process
         self.run_dir = run_dir(config)
         folders = build.Folders.of(config)
-        manifest = build.training_manifest(config)
+        order = corpora.training_order(config)
         # All folders are looked at before anything slow is built.
-        held_out = build.validation_manifest(config) if config.validation.every_steps else None
-        self.num_samples = manifest.num_samples
+        held_out = corpora.validation_order(config) if config.validation.every_steps else None
+        self.num_samples = order.num_samples
         self.checkpoints = CheckpointManager(
             self.run_dir,
             process,
             keep=config.checkpoint.keep,
-            identity=build.identity(config, folders, manifest),
+            identity=build.identity(config, folders) | corpora.identity(config, order),
             config_yaml=resolved.to_yaml(),
         )
         # Judged before the run folder is written to: a refused run leaves the earlier one as it was.
@@ -53,14 +65,16 @@ class Trainer:
         self.strategy = select(config, process, num_micro=micro)
         self.model = self.strategy.prepare(build.model_plan(config, folders.source))
         self.objective = build.build_objective(config, folders, process.device, precision)
-        self.loader = build.build_loader(config, folders, manifest, process, is_training=True)
+        self.loader = corpora.build_loader(config, folders.prior, order, process, is_training=True)
         self.validation = None
         if held_out is not None:
-            self.validation = build.build_loader(config, folders, held_out, process, is_training=False)
+            self.validation = corpora.build_loader(
+                config, folders.prior, held_out, process, is_training=False
+            )
         self.state = self.checkpoints.restore(self.strategy, checkpoint)
+        self.saved_step = self.state.step
         self.losses = LossWindow(self.state.pending_losses)
-        self.stop = stop
-        self.stop_flag = agree.LaggedFlag()
+        self.feed = Feed(self.loader.steps(self.state.samples_consumed), stop)
         self.meter = Meter(
             config.data.global_batch_size,
             flops_per_sample(config, folders, self.objective, process.device) if process.is_first else None,
@@ -70,6 +84,7 @@ class Trainer:
         self.sinks: list[Sink] = (
             open_sinks(self.run_dir, config.telemetry.report_to) if process.is_first else []
         )
+        self.bad_samples = BadSampleLog(self.run_dir / "bad_samples.jsonl") if process.is_first else None
         self.waited_before = 0.0
         self.audit = (
             AuditLog(self.run_dir / "audit" / f"rank_{process.rank:05d}.jsonl") if config.data.audit else None
@@ -82,15 +97,14 @@ class Trainer:
             StoppedError: a stop was requested; the run has saved itself.
         """
         config = self.config
-        is_last = self.state.step >= config.run.max_steps
-        if is_last:
+        if self.state.step >= config.run.max_steps:
             say(
                 f"step {self.state.step} of {config.run.max_steps} is done: nothing left to train",
                 self.process,
             )
-        with self.guards(), closing(self.loader.steps(self.state.samples_consumed)) as steps:
-            while not is_last:
-                microbatches = next(steps)  # on the device, exactly num_micro each
+        with self.guards():
+            while self.state.step < config.run.max_steps:
+                microbatches = self.next_step_data().microbatches  # on the device, exactly num_micro each
                 rate = self.learning_rate()
                 loss, outcome = train_step(
                     self.strategy, self.objective, self.model, microbatches, learning_rate=rate
@@ -99,19 +113,51 @@ class Trainer:
                 self.losses.add(loss)
                 self.meter.tick()
                 self.write_audit(microbatches)
+                is_last = self.state.step == config.run.max_steps
+                if not is_last:
+                    self.feed.look_ahead()  # while the device computes
                 if self.is_due(config.telemetry.log_every_steps) or self.is_due(
                     config.validation.every_steps
                 ):
                     self.report(outcome, rate)  # the only place that reads device scalars
-                is_last = self.state.step == config.run.max_steps
-                is_stopped = self.stop_flag.poll(self.stop.is_made) and not is_last
-                if is_stopped or is_last or self.is_due(config.checkpoint.every_steps):
+                if is_last or self.is_due(config.checkpoint.every_steps):
                     self.save()
-                if is_stopped:
-                    raise StoppedError(
-                        f"stopped on request after step {self.state.step} of {config.run.max_steps}, saved "
-                        f"in {self.run_dir}: the same command continues"
-                    )
+
+    def next_step_data(self) -> StepData:
+        """The data of the next step; saves the run first where it must stop. Collective: call on every rank.
+
+        Raises:
+            StoppedError: a stop was requested.
+            DataError: a rank has no data, or too many samples were damaged.
+        """
+        data = self.feed.take()
+        error: KandinskyError | None = data.failure
+        if error is None and data.is_stopped:
+            error = StoppedError(
+                f"stopped on request after step {self.state.step} of {self.config.run.max_steps}, saved "
+                f"in {self.run_dir}: the same command continues"
+            )
+        self.write_bad_samples(data.bad_samples)
+        error = error or self.too_many_bad_samples(data.bad_samples)
+        if error is not None:
+            if self.state.step > self.saved_step:
+                self.save()
+            raise error
+        self.state.num_bad_samples += len(data.bad_samples)
+        return data
+
+    def too_many_bad_samples(self, found: Sequence[BadSample]) -> DataError | None:
+        """Judges how many samples were damaged so far, those of the next step included."""
+        num_bad = self.state.num_bad_samples + len(found)
+        num_samples = self.state.samples_consumed + self.config.data.global_batch_size
+        share = self.config.data.max_bad_fraction
+        if num_bad <= share * max(num_samples, MIN_JUDGED_SAMPLES):
+            return None
+        return DataError(
+            f"{num_bad} of {num_samples} samples so far are damaged, more than data.max_bad_fraction={share} "
+            f"allows, last {found[-1].reason}; they are in {self.run_dir / 'bad_samples.jsonl'}: mend the "
+            "corpus or raise the share"
+        )
 
     def is_due(self, every_steps: int) -> bool:
         """Whether something that happens every so many steps happens after the current one; 0 is never."""
@@ -150,6 +196,7 @@ class Trainer:
                 entry |= evaluate(
                     self.model, self.objective, self.validation, self.config.validation.num_samples
                 )
+        entry["bad_samples"] = self.state.num_bad_samples
         for sink in self.sinks:
             sink.write(entry)
         self.progress.update(
@@ -161,6 +208,13 @@ class Trainer:
         with self.meter.pause():
             self.state.pending_losses = self.losses.read()
             self.checkpoints.save(self.strategy, self.state)
+        self.saved_step = self.state.step
+
+    def write_bad_samples(self, found: Sequence[BadSample]) -> None:
+        """Writes down the damaged samples of the next step. Rank 0 does."""
+        if self.bad_samples:
+            for bad in found:
+                self.bad_samples.write(self.state.step + 1, asdict(bad))
 
     def write_audit(self, microbatches: Sequence[Batch]) -> None:
         """Writes down which samples this rank's step was made of, where data.audit asks for it."""
@@ -176,8 +230,10 @@ class Trainer:
             )
             for sink in self.sinks:
                 stack.callback(sink.close)
-            if self.audit:
-                stack.callback(self.audit.close)
+            for log in (self.audit, self.bad_samples):
+                if log:
+                    stack.callback(log.close)
+            stack.callback(self.feed.close)
             yield
 
     def open_run_dir(self, config_yaml: str) -> None:

@@ -1,4 +1,5 @@
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -118,7 +119,29 @@ def test_a_lane_reads_its_window_before_the_next():
 
 
 def test_chunk_length_follows_corpus_size():
-    assert [default_chunk_samples(size, 64) for size in (1, 500, 3000, 10**5, 10**9)] == [1, 1, 5, 195, 1024]
+    assert [default_chunk_samples(size) for size in (1, 500, 3000, 10**5, 10**8, 10**10)] == [
+        1,
+        1,
+        5,
+        195,
+        1024,
+        4769,
+    ]
+    # 8 MiB of 100 KB images; fewer where the corpus is small, more where there would be too many chunks.
+    assert [default_chunk_samples(size, size * 100_000) for size in (10**4, 10**7, 10**9)] == [19, 83, 477]
+
+
+def test_a_billion_samples_stay_small():
+    """A look-up far into 10^9 samples in 10^5 shards; peak memory of it all, by numpy's own accounting."""
+    tracemalloc.start()
+    try:
+        plan = Plan(np.full(100_000, 10_000), seed=1, chunk_samples=default_chunk_samples(10**9, 10**14))
+        shards, _ = plan.locate(np.arange(10**9 - 128, 10**9 + 128))  # two epochs at once
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(set(shards.tolist())) > 100
+    assert peak < 256 * 2**20
 
 
 def test_nothing_to_train_on():

@@ -1,0 +1,60 @@
+"""A micro-batch, and what is said of samples that had to be replaced in it.
+
+Letters of shapes: B samples, C 3 channels, H and W pixels, L tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A damaged sample of the stream, by its shard and key, and the one trained on in its place."""
+
+    position: int
+    reason: str
+    replaced_by: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one micro-batch; a part that was not asked for is None."""
+
+    positions_B: Tensor
+    keys: list[str]
+    clip_pixels_BCHW: Tensor | None
+    pixels_BCHW: Tensor | None
+    token_ids_BL: Tensor | None
+    token_mask_BL: Tensor | None
+    bad_samples: tuple[BadSample, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, from which copies to the device run on their own."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that it has."""
+        return [
+            value
+            for value in (getattr(self, item.name) for item in fields(self))
+            if isinstance(value, Tensor)
+        ]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        changed: dict[str, Any] = {
+            item.name: function(value)
+            for item in fields(self)
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return replace(self, **changed)

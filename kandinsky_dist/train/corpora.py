@@ -1,0 +1,102 @@
+"""From a configuration to the corpora of a run, their order and the loaders."""
+
+from pathlib import Path
+from typing import Any
+
+from kandinsky_dist.config.schema import Config
+from kandinsky_dist.data.captions import Captions, CaptionSource
+from kandinsky_dist.data.catalogue import check_presence, read_manifest
+from kandinsky_dist.data.dataset import ShardDataset
+from kandinsky_dist.data.loader import Loader
+from kandinsky_dist.data.order import ORDER_VERSION, Order
+from kandinsky_dist.data.remote_storage import make_storage
+from kandinsky_dist.data.rows import Views
+from kandinsky_dist.models.frozen import clip_preprocessing
+from kandinsky_dist.models.tokenizer import load_tokenizer
+from kandinsky_dist.runtime import agree
+from kandinsky_dist.runtime.process import Process
+
+MIB = 2**20
+GIB = 2**30
+IDENTITY_KEYS = {
+    "prior": ("data.captions", "data.caption_dropout", "data.horizontal_flip"),
+    "decoder": (
+        "data.image_embedding_dropout",
+        "data.resolution",
+        "data.aspect_buckets",
+        "data.horizontal_flip",
+        "data.random_crop",
+    ),
+}
+"""Settings, by stage, that decide what a position of the stream looks like."""
+
+
+def training_order(config: Config) -> Order:
+    """The corpora that are trained on. Collective: call on every rank."""
+    if config.data.mixture:
+        parts = [part.rpartition("=") for part in config.data.mixture]
+        manifests = [_read(shards, "data.mixture") for shards, _, _ in parts]
+        weights: list[float] | None = [float(weight) for _, _, weight in parts]
+    else:
+        assert config.data.shards is not None
+        manifests, weights = [_read(config.data.shards, "data.shards")], None
+    bucket = config.data.global_batch_size if config.data.aspect_buckets else None
+    return Order(manifests, seed=config.run.seed, weights=weights, bucket_samples=bucket)
+
+
+def validation_order(config: Config) -> Order:
+    """The held-out corpus, always as squares. Collective: call on every rank."""
+    assert config.validation.shards is not None
+    return Order([_read(config.validation.shards, "validation.shards")], seed=config.run.seed)
+
+
+def _read(shards: str, key: str) -> Any:
+    manifest = read_manifest(shards, key)
+    # One rank looks at every file: thousands of ranks would bring a shared file system down.
+    agree.decided_by_first(lambda: check_presence(manifest, shards, key))
+    return manifest
+
+
+def build_loader(
+    config: Config, prior_folder: Path, order: Order, process: Process, *, is_training: bool
+) -> Loader:
+    """Batches of one corpus; captions are dropped and images changed in training only."""
+    data, is_prior = config.data, config.stage == "prior"
+    sources = tuple(CaptionSource.parse(source) for source in data.captions)
+    views = Views(
+        clip_size=clip_preprocessing(prior_folder).size,
+        resolution=None if is_prior else data.resolution,
+        tokenize=load_tokenizer(prior_folder) if is_prior else None,
+        captions=Captions(sources, config.run.seed) if is_prior else None,
+        caption_dropout=data.caption_dropout if is_prior and is_training else 0.0,
+        horizontal_flip=data.horizontal_flip if is_training else 0.0,
+        random_crop=data.random_crop and is_training,
+        seed=config.run.seed,
+    )
+    storage = make_storage(
+        order.manifest,
+        read_ahead_bytes=data.read_ahead_mib * MIB,
+        cache_dir=None if data.cache_dir is None else Path(data.cache_dir),
+        cache_bytes=int(data.cache_gib * GIB),
+    )
+    return Loader(
+        ShardDataset(order, views, storage),
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=data.micro_batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        num_workers=data.num_workers if is_training else 0,
+        device=process.device,
+    )
+
+
+def identity(config: Config, order: Order) -> dict[str, Any]:
+    """Configuration key -> value or fingerprint of the data that a resumed run must share."""
+    keys = ("run.seed", "data.global_batch_size", *IDENTITY_KEYS[config.stage])
+    found = {key: config.get(key) for key in keys}
+    weights = [part.rpartition("=")[2] for part in config.data.mixture]
+    key = "data.mixture" if weights else "data.shards"
+    found[key] = f"corpus {order.manifest.fingerprint[:16]} in order {ORDER_VERSION}"
+    if weights:
+        found[key] += f" weighted {':'.join(weights)}"
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}

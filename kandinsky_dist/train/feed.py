@@ -1,0 +1,85 @@
+"""The data of one step after another, agreed on by all ranks: all have theirs, or all stop at the same one."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from kandinsky_dist.data.batch import BadSample, Batch
+from kandinsky_dist.errors import DataError
+from kandinsky_dist.faults.preempt import StopRequest
+from kandinsky_dist.runtime import agree
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What a step is made of, or why it cannot be made; the latter and the counts are the same on all ranks.
+
+    Attributes:
+        microbatches: this rank's, on the device; empty if some rank has none.
+        bad_samples: damaged samples of the step that were replaced, of all ranks.
+        failure: why a rank has no data.
+        is_stopped: whether some process was asked to stop.
+    """
+
+    microbatches: list[Batch]
+    bad_samples: list[BadSample]
+    failure: DataError | None
+    is_stopped: bool
+
+
+class Feed:
+    """Fetches a step's data beside the computation of the step before, and the ranks' agreement with it.
+
+    A rank whose data fails must not leave the others waiting in a collective: before any of them starts a
+    step, each knows that all can. The question runs over CPU tensors while the device computes.
+
+    Args:
+        steps: of this rank's loader; closed with the feed.
+        stop: of this process.
+    """
+
+    def __init__(self, steps: Generator[list[Batch], None, None], stop: StopRequest) -> None:
+        self._steps = steps
+        self._stop = stop
+        self._group = dist.new_group(backend="gloo")
+        self._microbatches: list[Batch] = []
+        self._failure: DataError | None = None
+        self._pending: tuple[dist.Work | None, torch.Tensor] | None = None
+
+    def look_ahead(self) -> None:
+        """Fetches the next step's data. Collective, though nobody is waited for: call on every rank."""
+        try:
+            self._microbatches = next(self._steps)
+        except DataError as error:
+            self._microbatches, self._failure = [], error
+        num_bad = sum(len(batch.bad_samples) for batch in self._microbatches)
+        counts = torch.tensor([int(self._stop.is_made), int(self._failure is not None), num_bad])
+        self._pending = dist.all_reduce(counts, group=self._group, async_op=True), counts
+
+    def take(self) -> StepData:
+        """The data that was fetched ahead. Collective: call on every rank."""
+        if self._pending is None:
+            self.look_ahead()
+        assert self._pending is not None
+        (work, counts), self._pending = self._pending, None
+        if work is not None:
+            work.wait()
+        num_stops, num_failures, num_bad = counts.tolist()
+        bad_samples = []
+        if num_bad:
+            mine = [bad for batch in self._microbatches for bad in batch.bad_samples]
+            found = [bad for part in agree.gather(mine) for bad in part]
+            bad_samples = sorted(found, key=lambda bad: bad.position)
+        failure = self._failure
+        if num_failures:
+            first = agree.first_error(failure)
+            if failure is None and first is not None:
+                failure = DataError(first[2])  # what the rank says whose data it is
+        microbatches = self._microbatches if failure is None else []
+        return StepData(microbatches, bad_samples, failure, is_stopped=bool(num_stops))
+
+    def close(self) -> None:
+        """Ends the loader."""
+        self._steps.close()
