@@ -1,9 +1,14 @@
-"""Samples of a run's order, read from a storage; a damaged one is replaced by a rule, not by chance.
+"""Samples of a run's order, read and decoded by threads; a damaged one is replaced by a rule, not by chance.
+
+Reading and decoding release the interpreter's lock, so threads of one process share what is open, read ahead
+and known of the corpus, which processes would each have to hold for themselves.
 
 Letters of shapes: B samples.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +17,11 @@ from kandinsky_dist.data.batch import BadSample, Batch
 from kandinsky_dist.data.order import NUM_ATTEMPTS, Order, Places
 from kandinsky_dist.data.rows import Rows, Views
 from kandinsky_dist.data.storage import Storage
+from kandinsky_dist.data.tables import Place
 from kandinsky_dist.errors import DataError, SampleError
+
+NUM_AHEAD = 2
+"""Micro-batches that are being put together behind the one that is next."""
 
 
 class ShardDataset:
@@ -23,17 +32,68 @@ class ShardDataset:
         self.views = views
         self.storage = storage
 
-    def batch(self, positions: Sequence[int]) -> Batch:
-        """Reads, decodes and tokenizes the samples at some positions.
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        return self.order.num_samples
+
+    def batches(self, lists: Iterable[Sequence[int]], num_threads: int) -> Generator[Batch, None, None]:
+        """Batches of some lists of positions, in the lists' order.
+
+        Args:
+            lists: positions of each batch; may be endless.
+            num_threads: that read and decode; 0 does so where the batch is asked for.
 
         Raises:
-            DataError: as `Assembly.fill`.
+            DataError: as `Assembly.fill`, when the batch's turn has come.
         """
-        positions_B = np.asarray(positions, np.int64)
-        assembly = Assembly(self, positions_B, self.order.locate(positions_B))
-        for row in range(len(assembly)):
-            assembly.fill(row)
-        return assembly.finish()
+        begun = (Assembly(self, positions_B, places) for positions_B, places in self._located(lists))
+        if num_threads == 0:
+            for assembly in begun:
+                for row in range(len(assembly)):
+                    assembly.fill(row)
+                yield assembly.finish()
+            return
+        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        pending: deque[tuple[Assembly, list[Future[None]]]] = deque()
+        try:
+            for assembly in begun:
+                pending.append((assembly, [pool.submit(assembly.fill, row) for row in range(len(assembly))]))
+                if sum(len(futures) for _, futures in pending) > NUM_AHEAD * max(num_threads, len(assembly)):
+                    yield _finished(*pending.popleft())
+            while pending:
+                yield _finished(*pending.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _located(self, lists: Iterable[Sequence[int]]) -> Iterator[tuple[npt.NDArray[np.int64], Places]]:
+        """Locates batches, and tells a storage that reads ahead which samples come next.
+
+        It is told by halves of what it may hold: the more it knows at a time, the more neighbours it can
+        fetch at once, and while one half is used up the next one is on its way.
+        """
+        manifest = self.order.manifest
+        mean_bytes = max(1, int(manifest.num_bytes_S.sum()) // manifest.num_samples)
+        half = self.storage.read_ahead_bytes // 2 // mean_bytes
+        remaining = iter(lists)
+        known: deque[tuple[npt.NDArray[np.int64], Places]] = deque()
+        num_known = 0
+        while True:
+            more: list[Place] = []
+            while num_known <= half and len(more) <= half:
+                positions = next(remaining, None)
+                if positions is None:
+                    break
+                positions_B = np.asarray(positions, np.int64)
+                known.append((positions_B, self.order.locate(positions_B)))
+                more += known[-1][1].each()
+            if more and self.storage.read_ahead_bytes:
+                self.storage.expect(more, self.views.extensions)
+            num_known += len(more)
+            if not known:
+                return
+            num_known -= len(known[0][0])
+            yield known.popleft()
 
 
 class Assembly:
@@ -78,3 +138,9 @@ class Assembly:
     def finish(self) -> Batch:
         """The batch, every row of which has been filled."""
         return self._rows.finish([bad for row in sorted(self._bad) for bad in self._bad[row]])
+
+
+def _finished(assembly: Assembly, futures: list[Future[None]]) -> Batch:
+    for future in futures:
+        future.result()
+    return assembly.finish()

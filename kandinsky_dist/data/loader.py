@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,8 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from kandinsky_dist.data.batch import Batch
-from kandinsky_dist.data.dataset import ShardDataset
-from kandinsky_dist.data.pipeline import assembled
 from kandinsky_dist.data.workers import WorkerDiedError, next_from, start_worker, worker_processes
 from kandinsky_dist.errors import DataError, KandinskyError
 
@@ -26,6 +25,19 @@ MAX_DEATHS = 3
 """Worker processes in a row that may die before one of them hands over a batch."""
 
 logger = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """Where samples come from."""
+
+    @property
+    def num_samples(self) -> int | None:
+        """Samples of an epoch, or None where there is no end."""
+        ...
+
+    def batches(self, lists: Iterable[Sequence[int]], num_threads: int) -> Generator[Batch, None, None]:
+        """Batches of some lists of positions, in the lists' order, on the host."""
+        ...
 
 
 class Loader:
@@ -40,7 +52,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        source: Source,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -50,7 +62,7 @@ class Loader:
         device: torch.device | str,
     ) -> None:
         assert global_batch_size % (micro_batch_size * world_size) == 0
-        self.dataset = dataset
+        self.source = source
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.num_micro = global_batch_size // (micro_batch_size * world_size)
@@ -86,7 +98,7 @@ class Loader:
             a batch and weights_B (fp32, on the device): 1 for a sample, 0 for a repeated one that only fills
             the batch. Over all ranks, the weights sum to the number of samples.
         """
-        num_samples = min(num_samples, self.dataset.order.num_samples)
+        num_samples = min(num_samples, self.source.num_samples or num_samples)
         stride = self.micro_batch_size * self.world_size
         numbers = np.arange(-(-num_samples // stride) * stride).reshape(
             -1, self.micro_batch_size, self.world_size
@@ -120,7 +132,7 @@ class Loader:
     def _batches(self, lists: Callable[[], Iterator[Sequence[int]]]) -> Generator[Batch, None, None]:
         """Batches on the host, in the order of the lists; a worker that dies is replaced where it was."""
         if self.num_workers == 0:
-            for batch in assembled(self.dataset, lists(), 0):
+            for batch in self.source.batches(lists(), 0):
                 yield batch.pin_memory() if self.device.type == "cuda" else batch
             return
         num_delivered, num_deaths = 0, 0
@@ -139,7 +151,7 @@ class Loader:
     def _from_workers(self, lists: Callable[[], Iterator[Sequence[int]]]) -> Generator[Batch, None, None]:
         num_processes = -(-self.num_workers // THREADS_PER_PROCESS)
         loader = DataLoader(
-            _Assembling(self.dataset, lists, -(-self.num_workers // num_processes)),
+            _Assembling(self.source, lists, -(-self.num_workers // num_processes)),
             batch_size=None,
             num_workers=num_processes,
             pin_memory=self.device.type == "cuda",
@@ -182,9 +194,9 @@ class _Assembling(IterableDataset):
     """What a worker process iterates over: every num_workers-th batch, so that all of them take turns."""
 
     def __init__(
-        self, dataset: ShardDataset, lists: Callable[[], Iterator[Sequence[int]]], num_threads: int
+        self, source: Source, lists: Callable[[], Iterator[Sequence[int]]], num_threads: int
     ) -> None:
-        self._dataset = dataset
+        self._source = source
         self._lists = lists
         self._num_threads = num_threads
 
@@ -193,7 +205,7 @@ class _Assembling(IterableDataset):
         assert worker is not None
         mine = islice(self._lists(), worker.id, None, worker.num_workers)
         try:
-            yield from assembled(self._dataset, mine, self._num_threads)
+            yield from self._source.batches(mine, self._num_threads)
         except DataError as error:
             # As a value: torch would wrap what a worker raises in a traceback's text.
             yield error.with_traceback(None)

@@ -94,17 +94,15 @@ class Rows:
             crop = None
             if views.random_crop:
                 crop = self._draw(Stream.CROP_DOWN, position), self._draw(Stream.CROP_RIGHT, position)
-            clip, pixels = decode_views(
+            decode_views(
                 _image(sample, name),
                 name,
                 self._wanted,
                 flip=self._draw(Stream.FLIP, position) < views.horizontal_flip,
                 crop=crop,
+                clip_out=None if self._clip_pixels is None else self._clip_pixels[row],
+                out=None if self._pixels is None else self._pixels[row],
             )
-            if self._clip_pixels is not None:
-                self._clip_pixels[row] = clip
-            if self._pixels is not None:
-                self._pixels[row] = pixels
         self._keys[row] = sample.key
 
     def finish(self, bad_samples: Sequence[BadSample]) -> Batch:

@@ -11,6 +11,7 @@ from kandinsky_dist.data.remote_storage import make_storage
 from kandinsky_dist.data.rows import Views
 
 READ_AHEAD_BYTES = 64 * 2**20
+NUM_THREADS = 4
 
 
 def first_pictures(shards: str, *, num_samples: int, side: int, batch_size: int) -> Iterator[Tensor]:
@@ -30,7 +31,9 @@ def first_pictures(shards: str, *, num_samples: int, side: int, batch_size: int)
     storage = make_storage(order.manifest, read_ahead_bytes=READ_AHEAD_BYTES, cache_dir=None, cache_bytes=0)
     dataset = ShardDataset(order, views, storage)
     num_samples = min(num_samples, order.num_samples)
-    for first in range(0, num_samples, batch_size):
-        clip_pixels_BCHW = dataset.batch(range(first, min(first + batch_size, num_samples))).clip_pixels_BCHW
-        assert clip_pixels_BCHW is not None
-        yield clip_pixels_BCHW
+    lists = [
+        range(first, min(first + batch_size, num_samples)) for first in range(0, num_samples, batch_size)
+    ]
+    for batch in dataset.batches(lists, NUM_THREADS):
+        assert batch.clip_pixels_BCHW is not None
+        yield batch.clip_pixels_BCHW

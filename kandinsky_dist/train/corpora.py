@@ -1,5 +1,6 @@
 """From a configuration to the corpora of a run, their order and the loaders."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ from kandinsky_dist.data.loader import Loader
 from kandinsky_dist.data.order import ORDER_VERSION, Order
 from kandinsky_dist.data.remote_storage import make_storage
 from kandinsky_dist.data.rows import Views
+from kandinsky_dist.data.stream import StreamDataset
 from kandinsky_dist.models.frozen import clip_preprocessing
 from kandinsky_dist.models.tokenizer import load_tokenizer
 from kandinsky_dist.runtime import agree
 from kandinsky_dist.runtime.process import Process
 
+STREAM_NOTICE = (
+    "data.source=stream: samples come in random order, some again before others have come at all, and a run "
+    "that stops cannot continue at the same sample; index the shards for exact epochs and resume"
+)
 MIB = 2**20
 GIB = 2**30
 IDENTITY_KEYS = {
@@ -31,8 +37,10 @@ IDENTITY_KEYS = {
 """Settings, by stage, that decide what a position of the stream looks like."""
 
 
-def training_order(config: Config) -> Order:
-    """The corpora that are trained on. Collective: call on every rank."""
+def training_order(config: Config) -> Order | None:
+    """The corpora that are trained on, None for an endless stream. Collective: call on every rank."""
+    if config.data.source == "stream":
+        return None
     if config.data.mixture:
         parts = [part.rpartition("=") for part in config.data.mixture]
         manifests = [_read(shards, "data.mixture") for shards, _, _ in parts]
@@ -58,9 +66,9 @@ def _read(shards: str, key: str) -> Any:
 
 
 def build_loader(
-    config: Config, prior_folder: Path, order: Order, process: Process, *, is_training: bool
+    config: Config, prior_folder: Path, order: Order | None, process: Process, *, is_training: bool
 ) -> Loader:
-    """Batches of one corpus; captions are dropped and images changed in training only."""
+    """Batches of an order, or of the endless stream; captions and images are changed in training only."""
     data, is_prior = config.data, config.stage == "prior"
     sources = tuple(CaptionSource.parse(source) for source in data.captions)
     views = Views(
@@ -73,14 +81,8 @@ def build_loader(
         random_crop=data.random_crop and is_training,
         seed=config.run.seed,
     )
-    storage = make_storage(
-        order.manifest,
-        read_ahead_bytes=data.read_ahead_mib * MIB,
-        cache_dir=None if data.cache_dir is None else Path(data.cache_dir),
-        cache_bytes=int(data.cache_gib * GIB),
-    )
     return Loader(
-        ShardDataset(order, views, storage),
+        _stream(config, views) if order is None else _shards(config, views, order),
         global_batch_size=data.global_batch_size,
         micro_batch_size=data.micro_batch_size,
         rank=process.rank,
@@ -90,13 +92,33 @@ def build_loader(
     )
 
 
-def identity(config: Config, order: Order) -> dict[str, Any]:
+def _stream(config: Config, views: Views) -> StreamDataset:
+    assert config.data.shards is not None
+    return StreamDataset(config.data.shards, views, allow_pipe=config.data.allow_pipe)
+
+
+def _shards(config: Config, views: Views, order: Order) -> ShardDataset:
+    data = config.data
+    storage = make_storage(
+        order.manifest,
+        read_ahead_bytes=data.read_ahead_mib * MIB,
+        cache_dir=None if data.cache_dir is None else Path(data.cache_dir),
+        cache_bytes=int(data.cache_gib * GIB),
+    )
+    return ShardDataset(order, views, storage)
+
+
+def identity(config: Config, order: Order | None) -> dict[str, Any]:
     """Configuration key -> value or fingerprint of the data that a resumed run must share."""
     keys = ("run.seed", "data.global_batch_size", *IDENTITY_KEYS[config.stage])
     found = {key: config.get(key) for key in keys}
     weights = [part.rpartition("=")[2] for part in config.data.mixture]
     key = "data.mixture" if weights else "data.shards"
-    found[key] = f"corpus {order.manifest.fingerprint[:16]} in order {ORDER_VERSION}"
+    if order is None:
+        # Never equal to that of another start: a stream has no place to come back to.
+        found[key] = f"an endless stream begun at {datetime.now(UTC).isoformat(timespec='microseconds')}"
+    else:
+        found[key] = f"corpus {order.manifest.fingerprint[:16]} in order {ORDER_VERSION}"
     if weights:
         found[key] += f" weighted {':'.join(weights)}"
     return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}

@@ -1,4 +1,4 @@
-"""The data of one step after another, agreed on by all ranks: all have theirs, or all stop at the same one."""
+"""The data of one step after another, agreed on by all ranks: all have theirs, or all stop."""
 
 from collections.abc import Generator
 from dataclasses import dataclass

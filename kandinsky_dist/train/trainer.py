@@ -49,7 +49,9 @@ class Trainer:
         order = corpora.training_order(config)
         # All folders are looked at before anything slow is built.
         held_out = corpora.validation_order(config) if config.validation.every_steps else None
-        self.num_samples = order.num_samples
+        self.num_samples = order.num_samples if order is not None else None
+        if order is None:
+            say(corpora.STREAM_NOTICE, process)
         self.checkpoints = CheckpointManager(
             self.run_dir,
             process,
@@ -179,7 +181,6 @@ class Trainer:
         entry: dict[str, float | int] = {
             "step": self.state.step,
             "samples_consumed": self.state.samples_consumed,
-            "epoch": self.state.samples_consumed / self.num_samples,
             "loss": fmean(self.losses.read()),
             "grad_norm": outcome.grad_norm.item(),
             "learning_rate": rate,
@@ -196,6 +197,8 @@ class Trainer:
                 entry |= evaluate(
                     self.model, self.objective, self.validation, self.config.validation.num_samples
                 )
+        if self.num_samples is not None:
+            entry["epoch"] = self.state.samples_consumed / self.num_samples
         entry["bad_samples"] = self.state.num_bad_samples
         for sink in self.sinks:
             sink.write(entry)
