@@ -162,9 +162,9 @@ def http_server(
                     self._piece(path, content.read(1))
 
         def _piece(self, path: str, data: bytes) -> None:
-            self.wfile.write(data)
             with seen.lock:
-                seen.num_bytes[path] += len(data)
+                seen.num_bytes[path] += len(data)  # before: a client that has all may look at once
+            self.wfile.write(data)
 
         def log_message(self, format: str, *args: object) -> None:
             """Nothing: stderr is for the program under test."""
