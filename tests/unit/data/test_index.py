@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from data_tars import picture, sample, write_tar
-from helpers.servers import Fault, http_server
+from helpers.servers import Fault, http_server, s3_server
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
@@ -436,3 +436,26 @@ def test_no_name_leads_out_of_the_folder(make_corpus, tmp_path):
     )
     assert all(".." not in Path(name).parts and not Path(name).is_absolute() for name in names)
     assert len(set(names)) == 4
+
+
+def test_a_bucket(make_corpus, tmp_path):  # two seconds: a server starts
+    manifest = make_corpus([2, 1])
+    with s3_server():
+        import boto3
+
+        client = boto3.session.Session().client("s3")
+        client.create_bucket(Bucket="indexed")
+        for number in range(2):
+            client.upload_file(manifest.tar(number), "indexed", f"corpus/train-00{number}.tar")
+        for shards, num_samples in (
+            ("s3://indexed/corpus/", 3),
+            ("s3://indexed/corpus", 3),
+            ("s3://indexed/corpus/*-00[12].tar", 1),
+            ("s3://indexed/corpus/train-{000..009}.tar", 3),
+        ):
+            found = index(shards, out=tmp_path / "out", num_processes=1)
+            assert found.num_samples == num_samples, shards
+        assert found.fingerprint == manifest.fingerprint
+        assert list(found.tars) == [f"s3://indexed/corpus/train-00{number}.tar" for number in range(2)]
+        with pytest.raises(DataError, match=r"names no \.tar shards"):
+            index("s3://indexed/nothing/", out=tmp_path / "out")
