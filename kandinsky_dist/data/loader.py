@@ -5,6 +5,7 @@ Letters of shapes: B samples of a micro-batch.
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -142,7 +143,9 @@ class Loader:
                     yield batch
                     num_delivered, num_deaths = num_delivered + 1, 0
                 return
-            except WorkerDiedError as death:
+            except Exception as death:  # not by its class, which is gone when the interpreter shuts down
+                if not isinstance(death, WorkerDiedError):
+                    raise
                 num_deaths += 1
                 if num_deaths == MAX_DEATHS:
                     raise
@@ -150,14 +153,17 @@ class Loader:
 
     def _from_workers(self, lists: Callable[[], Iterator[Sequence[int]]]) -> Generator[Batch, None, None]:
         num_processes = -(-self.num_workers // THREADS_PER_PROCESS)
-        loader = DataLoader(
-            _Assembling(self.source, lists, -(-self.num_workers // num_processes)),
-            batch_size=None,
-            num_workers=num_processes,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=start_worker,
-            generator=torch.Generator(),  # its own: the default one is not ours to advance
-        )
+        with warnings.catch_warnings():
+            # Of more processes than cores: data.num_workers is the user's to choose.
+            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+            loader = DataLoader(
+                _Assembling(self.source, lists, -(-self.num_workers // num_processes)),
+                batch_size=None,
+                num_workers=num_processes,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=start_worker,
+                generator=torch.Generator(),  # its own: the default one is not ours to advance
+            )
         with worker_processes(loader) as iterator:
             while True:
                 try:

@@ -6,6 +6,7 @@ import signal
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,8 @@ from kandinsky_dist.errors import DataError
 class WorkerDiedError(DataError):
     """A worker process ended, by the system's hand or its own."""
 
+
+DEATH_SECONDS = 5.0
 
 _alive: "weakref.WeakSet[Any]" = weakref.WeakSet()
 """torch iterators whose workers have not been stopped."""
@@ -59,7 +62,10 @@ def next_from(iterator: Any) -> Any:
             return next(iterator)
     # A death shows as torch's RuntimeError, or as a broken pipe when tensors are fetched from the dead.
     except (RuntimeError, OSError, EOFError) as error:
-        dead = [worker for worker in getattr(iterator, "_workers", ()) if not worker.is_alive()]
+        workers = list(getattr(iterator, "_workers", ()))
+        # A connection breaks a moment before the process that held it is known to be dead.
+        wait([worker.sentinel for worker in workers], timeout=DEATH_SECONDS)
+        dead = [worker for worker in workers if not worker.is_alive()]
         if not dead:
             raise
         raise WorkerDiedError(

@@ -9,19 +9,19 @@ import pytest
 import torch
 from data_tars import sample, write_tar
 
-from kandinsky_dist.data.dataset import ShardDataset, Views
+from kandinsky_dist.data.dataset import ShardDataset
 from kandinsky_dist.data.index import index_shards
-from kandinsky_dist.data.loader import Loader
-from kandinsky_dist.data.plan import Plan
+from kandinsky_dist.data.loader import MAX_DEATHS, THREADS_PER_PROCESS, Loader
+from kandinsky_dist.data.order import Order
+from kandinsky_dist.data.rows import Views
 from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.errors import DataError
 
 
 def loader(manifest, *, rank=0, world_size=1, num_workers=0, global_batch_size=8, micro_batch_size=2):
-    views = Views(clip_size=None, resolution=4, tokenize=None, caption_dropout=0.0, seed=0)
-    data = ShardDataset(manifest, Plan(manifest.shard_sizes, seed=1), views, LocalStorage(manifest))
+    views = Views(clip_size=None, resolution=4, tokenize=None, captions=None, seed=0)
     return Loader(
-        data,
+        ShardDataset(Order([manifest], seed=1), views, LocalStorage(manifest)),
         global_batch_size=global_batch_size,
         micro_batch_size=micro_batch_size,
         rank=rank,
@@ -54,7 +54,7 @@ def test_workers_change_nothing(make_corpus):
     manifest = make_corpus([7, 4])
     before = torch.random.get_rng_state()
     runs = []
-    for num_workers in (0, 1, 2):
+    for num_workers in (0, 1, 2, 2 * THREADS_PER_PROCESS + 1):
         steps = loader(manifest, num_workers=num_workers).steps(8)
         runs.append([batch for step in itertools.islice(steps, 3) for batch in step])
         steps.close()
@@ -108,12 +108,12 @@ def test_held_out_with_workers(make_corpus):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_data_error_is_the_same_line_from_a_worker(tmp_path, num_workers):
-    write_tar(tmp_path / "a.tar", sample(0) + sample(1, png=b"broken"))
+    write_tar(tmp_path / "a.tar", sample(0, png=b"broken") + sample(1, png=b"broken"))
     data = loader(index_shards(str(tmp_path), progress=False), num_workers=num_workers)
     with pytest.raises(DataError) as caught:
         for _ in data.steps(0):
             pass
-    assert str(caught.value).startswith("a.tar:00001: cannot be decoded as an image")
+    assert str(caught.value).startswith("16 samples in a row cannot be used, at position 0, first a.tar:0000")
     assert "\n" not in str(caught.value)
 
 
@@ -125,21 +125,60 @@ def workers_of_this_process():
     return found
 
 
-def test_a_killed_worker_is_one_line_when_data_is_asked_for(make_corpus):
+def alive_workers(before):
+    return [pid for pid in workers_of_this_process() if pid not in before]
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost_or_repeated(make_corpus, caplog):
+    manifest = make_corpus([9, 4])
+    expected = positions(loader(manifest).steps(0), 6)
     before = set(workers_of_this_process())
-    steps = loader(make_corpus([4]), num_workers=2).steps(0)
-    next(steps)
-    workers = [pid for pid in workers_of_this_process() if pid not in before]
+    steps = loader(manifest, num_workers=2 * THREADS_PER_PROCESS).steps(0)
+    found = [[batch.positions_B.tolist() for batch in next(steps)]]
+    workers = alive_workers(before)
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     # The death arrives here as SIGCHLD and must not raise: this could be the middle of a checkpoint.
     os.waitid(os.P_PID, workers[0], os.WEXITED | os.WNOWAIT)
     sum(range(1000))
-    with pytest.raises(
-        DataError, match=rf"^a data worker \(process {workers[0]}\) was killed by SIGKILL; .*\Z"
-    ):
-        list(steps)
-    assert not set(workers) & set(workers_of_this_process())
+    found += [[batch.positions_B.tolist() for batch in next(steps)] for _ in range(5)]
+    steps.close()
+    assert found == expected
+    (line,) = caplog.messages
+    assert line.startswith(f"a data worker (process {workers[0]}) was killed by SIGKILL")
+    assert line.endswith("replaced, with nothing lost or repeated")
+    assert not alive_workers(before)
+
+
+class Deadly:
+    """A source whose worker is killed at a certain batch, each time it comes there."""
+
+    num_samples = None
+
+    def __init__(self, dataset, deadly):
+        self.dataset = dataset
+        self.deadly = deadly
+
+    def batches(self, lists, num_threads):
+        for batch in self.dataset.batches(lists, num_threads):
+            if self.deadly in batch.positions_B.tolist():
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+
+def test_workers_that_die_again_and_again_are_one_line(make_corpus, caplog):
+    data = loader(make_corpus([4]), num_workers=1)
+    data.source = Deadly(data.source, deadly=13)
+    seen = []
+
+    def train():
+        for step in data.steps(0):
+            seen.extend(position for batch in step for position in batch.positions_B.tolist())
+
+    with pytest.raises(DataError, match=r"^a data worker \(process \d+\) was killed by SIGKILL; .*\Z"):
+        train()
+    assert seen == list(range(8))  # whole steps only
+    assert len(caplog.messages) >= MAX_DEATHS - 1  # batches on their way die with a worker, and come again
 
 
 def test_workers_leave_stopping_to_the_trainer(make_corpus):
@@ -160,13 +199,11 @@ def test_a_program_that_forgets_its_loader_ends(make_corpus):
     """Workers ignore SIGTERM, with which multiprocessing would end them at exit."""
     root = make_corpus([4]).root
     program = f"""
-        from kandinsky_dist.data import dataset, loader, manifest, plan, storage
+        from kandinsky_dist.data import catalogue, dataset, loader, order, rows, storage
 
-        corpus = manifest.read_manifest({str(root)!r})
-        views = dataset.Views(None, 4, None, 0.0, 0)
-        data = dataset.ShardDataset(
-            corpus, plan.Plan(corpus.shard_sizes, seed=0), views, storage.LocalStorage(corpus)
-        )
+        corpus = order.Order([catalogue.read_manifest({str(root)!r})], seed=0)
+        views = rows.Views(clip_size=None, resolution=4, tokenize=None, captions=None, seed=0)
+        data = dataset.ShardDataset(corpus, views, storage.LocalStorage(corpus.manifest))
         steps = loader.Loader(
             data, global_batch_size=2, micro_batch_size=2, rank=0, world_size=1, num_workers=2, device="cpu"
         ).steps(0)
