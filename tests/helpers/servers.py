@@ -56,6 +56,8 @@ class HttpServer:
         num_requests: by path below the folder.
         num_bytes: of bodies sent, by path.
         ranges: path and value of the header Range ("" without), in the order of the requests.
+        authorizations: the header of that name of each request.
+        num_connections: made so far.
     """
 
     url: str
@@ -63,6 +65,8 @@ class HttpServer:
     num_requests: Counter[str] = field(default_factory=Counter)
     num_bytes: Counter[str] = field(default_factory=Counter)
     ranges: list[tuple[str, str]] = field(default_factory=list)
+    authorizations: list[str] = field(default_factory=list)
+    num_connections: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def forget(self) -> None:
@@ -99,12 +103,18 @@ def http_server(
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
 
+        def setup(self) -> None:
+            super().setup()
+            with seen.lock:
+                seen.num_connections += 1
+
         def do_GET(self) -> None:
             path = unquote(self.path.partition("?")[0]).lstrip("/")
             wanted = self.headers.get("Range", "")
             with seen.lock:
                 seen.num_requests[path] += 1
                 seen.ranges.append((path, wanted))
+                seen.authorizations.append(self.headers.get("Authorization", ""))
                 fault = faults(path, wanted) if callable(faults) else pending.pop(0) if pending else None
             self._answer(path, wanted, fault or WELL)
 

@@ -1,7 +1,9 @@
+import base64
 import gzip
 import multiprocessing
 import pickle
 import random
+import re
 import socket
 import threading
 
@@ -204,12 +206,19 @@ def test_redirects_are_followed_and_bodies_not_decoded(folder):
 
 def test_connections_are_kept(folder):
     with http_server(folder) as server:
-        fetcher, seen = Fetcher(QUICK), set()
+        fetcher = Fetcher(QUICK)
         for start in range(5):
             fetcher.fetch(f"{server.url}/a.tar", start, 1000)
-            pool = fetcher._transport(server.url)._pool.connection_from_url(server.url)
-            seen.add(pool.num_connections)
-        assert seen == {1}
+        assert server.num_connections == 1
+
+
+def test_user_and_password_of_a_url_are_sent_and_not_told(folder):
+    with http_server(folder, [Fault(), Fault(status=401)]) as server:
+        url = server.url.replace("http://", "http://me:se%40cret@") + "/a.tar"
+        assert Fetcher(QUICK).fetch(url, 0, 10) == CONTENT[:10]
+        assert server.authorizations == ["Basic " + base64.b64encode(b"me:se@cret").decode()]
+        with pytest.raises(DataError, match=r"^http://127\.0\.0\.1:\d+/a\.tar: the server answered 401"):
+            Fetcher(QUICK).fetch(url, 0, 10)
 
 
 def test_threads_share_a_fetcher(folder):
@@ -344,11 +353,47 @@ def test_s3_faults_heal(folder):
         assert 50_000 <= server.num_bytes.total() < 50_000 + 100
 
 
+def test_s3_connections_are_kept_and_retries_are_ours(folder):
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "a.tar").write_bytes(CONTENT)
+    with http_server(folder) as server, aws_environment(server.url):
+        fetcher = Fetcher(QUICK)
+        for start in range(5):
+            fetcher.fetch("s3://corpus/a.tar", start, 1000)
+        assert server.num_connections == 1
+    with (
+        http_server(folder, lambda path, wanted: _s3_error(500, "InternalError")) as server,
+        aws_environment(server.url),
+        pytest.raises(DataError, match=r"gave up after 4 attempts \(the server answered 500 InternalError"),
+    ):
+        Fetcher(QUICK).fetch("s3://corpus/a.tar", 0, 1000)
+    assert server.num_requests.total() == 4
+
+
 def test_s3_expired_credentials_are_renewed(folder, tmp_path, monkeypatch):
     (folder / "corpus").mkdir()
     (folder / "corpus" / "a.tar").write_bytes(CONTENT)
-    with http_server(folder, [_s3_error(400, "ExpiredToken")]) as server, aws_environment(server.url):
+    credentials = folder / "credentials"
+
+    def write(key):
+        credentials.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = s\n")
+
+    def expired(path, wanted):
+        if "NEW" in credentials.read_text():
+            return None
+        write("NEW")
+        return _s3_error(400, "ExpiredToken")
+
+    write("OLD")
+    with http_server(folder, expired) as server, aws_environment(server.url):
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
         assert Fetcher(QUICK).fetch("s3://corpus/a.tar", 5, 10) == CONTENT[5:15]
+        assert [re.search("Credential=(OLD|NEW)/", text)[1] for text in server.authorizations] == [
+            "OLD",
+            "NEW",
+        ]
 
 
 def test_s3_without_credentials_or_bucket(folder, monkeypatch):
