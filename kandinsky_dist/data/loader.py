@@ -5,7 +5,6 @@ Letters of shapes: B samples of a micro-batch.
 
 import logging
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -17,7 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from kandinsky_dist.data.batch import Batch
-from kandinsky_dist.data.workers import WorkerDiedError, next_from, start_worker, worker_processes
+from kandinsky_dist.data.workers import (
+    WorkerDiedError,
+    next_from,
+    quiet_about_cores,
+    start_worker,
+    worker_processes,
+)
 from kandinsky_dist.errors import DataError, KandinskyError
 
 THREADS_PER_PROCESS = 4
@@ -153,9 +158,7 @@ class Loader:
 
     def _from_workers(self, lists: Callable[[], Iterator[Sequence[int]]]) -> Generator[Batch, None, None]:
         num_processes = -(-self.num_workers // THREADS_PER_PROCESS)
-        with warnings.catch_warnings():
-            # Of more processes than cores: data.num_workers is the user's to choose.
-            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        with quiet_about_cores():
             loader = DataLoader(
                 _Assembling(self.source, lists, -(-self.num_workers // num_processes)),
                 batch_size=None,

@@ -3,6 +3,7 @@
 import atexit
 import os
 import signal
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,8 @@ def start_worker(worker: int) -> None:
 def worker_processes(loader: Iterable[Any]) -> Iterator[Any]:
     """The iterator of a torch DataLoader, whose workers end with the block or with the program."""
     before = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
+    with quiet_about_cores():
+        iterator = iter(loader)
     _hold_back(before, signal.getsignal(signal.SIGCHLD))
     _alive.add(iterator)
     try:
@@ -49,6 +51,14 @@ def worker_processes(loader: Iterable[Any]) -> Iterator[Any]:
     finally:
         _alive.discard(iterator)
         _stop(iterator)
+
+
+@contextmanager
+def quiet_about_cores() -> Iterator[None]:
+    """Keeps torch from warning of more processes than cores: data.num_workers is the user's to choose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        yield
 
 
 def next_from(iterator: Any) -> Any:
