@@ -2,9 +2,11 @@
 
 Arrays: H, W, C height, width and 3 channels. All pixels are uint8.
 
-Resizing is torch's antialiased bicubic on uint8, which rounds its weights to 16 bits: at most 2 levels off
-Pillow's bicubic, and mostly equal to it. It is 5 to 7 times as fast (1024 -> 512 pixels: 1.2 against 8 ms,
-one core of an EPYC 9005), and resizing was most of what an image cost.
+Resizing is torch's antialiased bicubic on uint8: across, then down, with weights of 16 bits. Of
+photographs, fewer than 1 value in 100 differs from Pillow's bicubic, and by at most 2 levels. That holds
+for any picture against Pillow's passes in the same order; Pillow itself may start with the other one, which
+shows where hard edges between extremes overshoot and are clipped. It is 5 to 7 times as fast (1024 -> 512
+pixels: 1.2 against 8 ms, one core of an EPYC 9005), and resizing was most of what an image cost.
 """
 
 from dataclasses import dataclass
