@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from kandinsky_dist.data.image_size import FORMATS
 from kandinsky_dist.data.manifest import Manifest
 from kandinsky_dist.data.pack_arrow import (
     HubDataset,
@@ -185,7 +186,7 @@ def _members(row: Row, keeps: bool) -> tuple[dict[str, bytes], str]:
         return {}, "with a missing file"
     image_extension = _image_extension(row.name, row.image)
     if not image_extension:
-        return {}, "that are not images"
+        return {}, "that are no JPEG, PNG, WebP, BMP, GIF or TIFF"
     try:
         caption = _caption(row.caption)
     except TypeError:
@@ -220,7 +221,7 @@ def _image_extension(name: str, data: bytes) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of oddities in metadata, and of sizes that training judges
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 found = FORMAT_EXTENSIONS.get(image.format or "", "")
     except Exception:  # Pillow's parsers raise nearly anything on foreign bytes
         return ""

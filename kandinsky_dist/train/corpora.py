@@ -15,7 +15,6 @@ from kandinsky_dist.data.rows import Views
 from kandinsky_dist.data.stream import StreamDataset
 from kandinsky_dist.models.frozen import clip_preprocessing
 from kandinsky_dist.models.tokenizer import load_tokenizer
-from kandinsky_dist.runtime import agree
 from kandinsky_dist.runtime.process import Process
 
 STREAM_NOTICE = (
@@ -38,31 +37,40 @@ IDENTITY_KEYS = {
 
 
 def training_order(config: Config) -> Order | None:
-    """The corpora that are trained on, None for an endless stream. Collective: call on every rank."""
+    """The corpora that are trained on, None for an endless stream."""
     if config.data.source == "stream":
         return None
-    if config.data.mixture:
-        parts = [part.rpartition("=") for part in config.data.mixture]
-        manifests = [_read(shards, "data.mixture") for shards, _, _ in parts]
-        weights: list[float] | None = [float(weight) for _, _, weight in parts]
-    else:
-        assert config.data.shards is not None
-        manifests, weights = [_read(config.data.shards, "data.shards")], None
+    weights = [float(part.rpartition("=")[2]) for part in config.data.mixture] or None
+    manifests = [read_manifest(shards, key) for shards, key in _training_corpora(config)]
     bucket = config.data.global_batch_size if config.data.aspect_buckets else None
     return Order(manifests, seed=config.run.seed, weights=weights, bucket_samples=bucket)
 
 
 def validation_order(config: Config) -> Order:
-    """The held-out corpus, always as squares. Collective: call on every rank."""
+    """The held-out corpus, always as squares."""
     assert config.validation.shards is not None
-    return Order([_read(config.validation.shards, "validation.shards")], seed=config.run.seed)
+    return Order([read_manifest(config.validation.shards, "validation.shards")], seed=config.run.seed)
 
 
-def _read(shards: str, key: str) -> Any:
-    manifest = read_manifest(shards, key)
-    # One rank looks at every file: thousands of ranks would bring a shared file system down.
-    agree.decided_by_first(lambda: check_presence(manifest, shards, key))
-    return manifest
+def check_corpora(config: Config) -> None:
+    """Makes sure that all shards are there. For one rank: a thousand would bring a file system down.
+
+    Raises:
+        DataError: a shard is missing or of another size than its manifest says.
+    """
+    corpora = [] if config.data.source == "stream" else _training_corpora(config)
+    if config.validation.every_steps and config.validation.shards is not None:
+        corpora.append((config.validation.shards, "validation.shards"))
+    for shards, key in corpora:
+        check_presence(read_manifest(shards, key), shards, key)
+
+
+def _training_corpora(config: Config) -> list[tuple[str, str]]:
+    """Shards of each corpus, and the key that names them."""
+    if config.data.mixture:
+        return [(part.rpartition("=")[0], "data.mixture") for part in config.data.mixture]
+    assert config.data.shards is not None
+    return [(config.data.shards, "data.shards")]
 
 
 def build_loader(

@@ -49,6 +49,7 @@ class Trainer:
         order = corpora.training_order(config)
         # All folders are looked at before anything slow is built.
         held_out = corpora.validation_order(config) if config.validation.every_steps else None
+        agree.decided_by_first(lambda: corpora.check_corpora(config))
         self.num_samples = order.num_samples if order is not None else None
         if order is None:
             say(corpora.STREAM_NOTICE, process)

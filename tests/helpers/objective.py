@@ -13,7 +13,7 @@ from kandinsky_dist.config.schema import Config
 from kandinsky_dist.data.loader import Loader
 from kandinsky_dist.objectives.base import Objective
 from kandinsky_dist.runtime.process import Process
-from kandinsky_dist.train import build
+from kandinsky_dist.train import build, corpora
 
 CPU = torch.device("cpu")
 
@@ -34,9 +34,8 @@ def objective_of(config: Config, precision: torch.dtype = torch.float32) -> Obje
 def loader_of(config: Config, *, rank: int = 0, world_size: int = 1) -> Loader:
     """One rank's training data."""
     process = Process(rank=rank, local_rank=rank, world_size=world_size, device=CPU)
-    return build.build_loader(
-        config, build.Folders.of(config), build.training_manifest(config), process, is_training=True
-    )
+    order = corpora.training_order(config)
+    return corpora.build_loader(config, build.Folders.of(config).prior, order, process, is_training=True)
 
 
 class Recorder(nn.Module):

@@ -22,8 +22,8 @@ from kandinsky_dist.checkpoint.layout import CheckpointReader, damage
 from kandinsky_dist.checkpoint.manager import checkpoints_of
 from kandinsky_dist.cli import main
 from kandinsky_dist.config.schema import KEYS, SECTIONS
-from kandinsky_dist.data.manifest import read_manifest
-from kandinsky_dist.data.plan import Plan
+from kandinsky_dist.data.catalogue import read_manifest
+from kandinsky_dist.data.order import Order
 from kandinsky_dist.models.lora import WEIGHT_NAME
 from kandinsky_dist.objectives.base import Prepared
 from kandinsky_dist.optim.adamw import is_decayed
@@ -301,13 +301,12 @@ def resumed(tiny_models, small_corpus, tmp_path_factory):
 def test_b11_resume_continues_the_epoch(resumed, small_corpus):
     """A resumed run started its epoch anew in another order: some samples came twice, some never."""
     folder, _ = resumed
-    manifest = read_manifest(str(small_corpus / "train"))
-    plan = Plan(manifest.shard_sizes, seed=0)
+    order = Order([read_manifest(str(small_corpus / "train"))], seed=0)
     found = keys(folder)
     assert list(found) == list(range(1, 9))
     for step, names in found.items():
-        places = zip(*plan.locate(range(16 * (step - 1), 16 * step)), strict=True)
-        assert names == sorted(f"{32 * shard + index:05d}" for shard, index in places), step
+        places = order.locate(range(16 * (step - 1), 16 * step)).each()
+        assert names == sorted(f"{32 * place.shard + place.index:05d}" for place in places), step
     epoch = [name for step in range(1, 7) for name in found[step]]
     assert len(set(epoch)) == len(epoch) == 96, "an epoch holds every sample once"
 

@@ -68,7 +68,7 @@ def test_data_pack(mount, pictures):
     mount("disk", ROOM)
     done = command("data", "pack", pictures, disk / "shards")
     assert done.returncode == 0, done.stderr
-    assert (disk / "shards" / "manifest.json").is_file()
+    assert (disk / "shards" / "manifest.safetensors").is_file()
 
 
 def test_models_init(mount, tiny_models):

@@ -105,7 +105,7 @@ def cache(tmp_path, monkeypatch):
 
 def test_corpus_from_packages(cache, tmp_path):
     manifests = build_demo(tmp_path / "demo", image_size=32, samples_per_shard=50)
-    assert {split: manifest.root.name for split, manifest in manifests.items()} == {
+    assert {split: Path(manifest.root).name for split, manifest in manifests.items()} == {
         "train": "train",
         "validation": "validation",
     }

@@ -47,7 +47,8 @@ def test_images_beside_captions(source, tmp_path, caplog):
         "deep/b_v2": {"webp": picture(1, kind="WEBP"), "txt": b"second"},
     }
     assert (
-        "1 that are not images (broken.png); 1 whose caption is not UTF-8 (latin.png); "
+        "1 that are no JPEG, PNG, WebP, BMP, GIF or TIFF (broken.png); "
+        "1 whose caption is not UTF-8 (latin.png); "
         "1 without a caption (no caption.png)" in caplog.text
     )
     assert manifest.num_samples_S.tolist() == [1, 1]
