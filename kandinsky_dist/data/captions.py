@@ -41,7 +41,7 @@ class CaptionSource:
             source = cls("", None, 0.0)
         if not source.extension or not 0 < source.weight < float("inf"):
             raise ConfigError(
-                f"data.captions has {text!r}; a source is EXTENSION or json.FIELD, and =WEIGHT above 0 if not 1"
+                f"data.captions has {text!r}; a source is EXTENSION or json.FIELD, =WEIGHT above 0 if not 1"
             )
         return source
 

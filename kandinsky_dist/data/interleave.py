@@ -27,7 +27,7 @@ class Interleave:
     """Turn -> whose it is, and which of that sequence's turns.
 
     Args:
-        rates: turns of each sequence a period, above 0; scaled together where a period would be too long or short.
+        rates: turns of each sequence a period, above 0; scaled together to bound periods.
         seed: of the shuffle.
     """
 

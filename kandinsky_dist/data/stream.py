@@ -7,7 +7,7 @@ it is not resumed unless the run is told to go on with other samples.
 import logging
 import shlex
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import webdataset
@@ -118,7 +118,7 @@ class StreamDataset:
                 logger.warning("%s", line)
 
 
-def _opened(url: str) -> IO[bytes]:
+def _opened(url: str) -> Any:
     if url.startswith(PIPE) or not is_remote(url):
         # Not through webdataset's gopen, which would run shell commands for URLs of its own accord.
         return gopen_pipe(url) if url.startswith(PIPE) else open(url, "rb")

@@ -1,5 +1,6 @@
 """The parts of a run inside the test's own process, and a model that remembers what it was given."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from kandinsky_dist.config.loader import command_line_layer, load
 from kandinsky_dist.config.schema import Config
+from kandinsky_dist.data.batch import Batch
 from kandinsky_dist.data.loader import Loader
 from kandinsky_dist.objectives.base import Objective
 from kandinsky_dist.runtime.process import Process
@@ -36,6 +38,12 @@ def loader_of(config: Config, *, rank: int = 0, world_size: int = 1) -> Loader:
     process = Process(rank=rank, local_rank=rank, world_size=world_size, device=CPU)
     order = corpora.training_order(config)
     return corpora.build_loader(config, build.Folders.of(config).prior, order, process, is_training=True)
+
+
+def batch_at(loader: Loader, positions: Sequence[int]) -> Batch:
+    """The samples at some positions of a loader's stream."""
+    (batch,) = loader.source.batches([positions], 0)
+    return batch
 
 
 class Recorder(nn.Module):

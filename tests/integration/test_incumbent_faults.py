@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipe
 from diffusers.optimization import get_scheduler
 from helpers.command import keys, losses, metrics
 from helpers.forked import train
-from helpers.objective import Recorder, configuration, loader_of, objective_of
+from helpers.objective import Recorder, batch_at, configuration, loader_of, objective_of
 from safetensors.torch import load_file
 
 import kandinsky_dist
@@ -222,7 +222,7 @@ def test_b7_noise_is_added_in_fp32_around_half_precision_networks(stage, tiny_mo
     """In bf16 the prior's noise level was 0 for 21 timesteps: nothing to denoise, nothing learnt."""
     config = configuration(stage, models=tiny_models, corpus=small_corpus)
     objective = objective_of(config, torch.bfloat16)
-    batch = loader_of(config).dataset.__getitems__(range(8))
+    batch = batch_at(loader_of(config), range(8))
     prepared, recorder = objective.prepare(batch), Recorder()
     assert next(objective.image_encoder.parameters()).dtype == torch.bfloat16
     assert prepared.clean.dtype == torch.float32
@@ -349,7 +349,7 @@ def test_b13_dropped_captions_are_the_pipelines_negative_prompt(tiny_models, sma
     with torch.no_grad():
         states = pipeline._encode_prompt("anything", "cpu", 1, True, negative_prompt=None)
         negative = [tensor[0] for tensor in states]
-    batch = loader_of(config).dataset.__getitems__(range(480))
+    batch = batch_at(loader_of(config), range(480))
     empty_L = pipeline.tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
     is_dropped_B = (batch.token_ids_BL == empty_L).all(1)
     assert is_dropped_B.sum() == pytest.approx(96, abs=4 * (480 * 0.2 * 0.8) ** 0.5)
@@ -482,7 +482,7 @@ def test_b16_gradient_checkpointing_is_applied(stage, variant, tiny_models, smal
         module = plan.build()
         module.load_state_dict(plan.state_dict(), strict=False)
         objective = objective_of(config)
-        prepared = objective.prepare(loader_of(config).dataset.__getitems__(range(4)))
+        prepared = objective.prepare(batch_at(loader_of(config), range(4)))
         kept = {}
 
         def keep(tensor):

@@ -1,6 +1,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_corpus_from_packages(cache, tmp_path):
         "validation": "validation",
     }
     assert sum(manifest.num_samples for manifest in manifests.values()) == 121
-    assert manifests["train"].shards[0].num_samples == 50
+    assert manifests["train"].num_samples_S[0] == 50
     sample = LocalStorage(manifests["validation"]).read(0, 0)
     about = json.loads(sample.members["json"])
     assert sample.members["txt"].decode() == f"a 3d emoji of {about['label']}"

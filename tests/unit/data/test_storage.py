@@ -8,6 +8,7 @@ import pytest
 from data_tars import picture, sample, write_tar
 
 from kandinsky_dist.data import storage as storage_module
+from kandinsky_dist.data import tables
 from kandinsky_dist.data.index import index_shards
 from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.data.tables import Place
@@ -47,7 +48,8 @@ def test_members_far_apart_and_empty(tmp_path):
 
 
 def test_descriptors_are_bounded(make_corpus, monkeypatch):
-    monkeypatch.setattr(storage_module, "MAX_OPEN_SHARDS", 3)
+    for module in (storage_module, tables):
+        monkeypatch.setattr(module, "MAX_OPEN_SHARDS", 3)
     storage = LocalStorage(make_corpus([1] * 8))
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(2):

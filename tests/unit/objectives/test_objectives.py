@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.objective import Recorder, configuration, loader_of, objective_of
+from helpers.objective import Recorder, batch_at, configuration, loader_of, objective_of
 
 from kandinsky_dist.objectives.base import NUM_HELD_OUT_DRAWS, Draw, Prepared, roll_conditions
 
@@ -24,7 +24,7 @@ def objective(stage, tiny_models, small_corpus):
 @pytest.fixture(scope="module")
 def batch(stage, tiny_models, small_corpus):
     loader = loader_of(configuration(stage, models=tiny_models, corpus=small_corpus))
-    return loader.dataset.__getitems__([3, 40, 5, 77])
+    return batch_at(loader, [3, 40, 5, 77])
 
 
 def test_what_is_diffused_is_fp32_and_of_the_published_scale(stage, objective, batch):
