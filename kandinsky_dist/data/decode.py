@@ -175,10 +175,8 @@ def _jpeg(image: Image.Image, data: bytes, name: str, wanted: Wanted | None) -> 
         pixels_HWC = simplejpeg.decode_jpeg(
             data,
             "RGB",
-            # The smallest number of eighths that has these sides, if it shrinks by min_factor: 16 is never.
             min_height=-(-height // shrink),
             min_width=-(-width // shrink),
-            min_factor=shrink if shrink > 1 else 16,
         )
     except ValueError as error:
         if DAMAGE.search(str(error)):
