@@ -1,21 +1,19 @@
-"""What is killed or stopped goes on as if nothing had happened: the same losses to the last bit, the same keys."""
+"""What is killed or stopped goes on as if nothing had happened: the same losses to the last bit and keys."""
 
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from helpers import running
 from helpers.command import keys, losses, train_arguments
 from helpers.forked import train
+from helpers.running import ranks_of, wait_until
 
 from kandinsky_dist.checkpoint.manager import checkpoints_of, newest_whole
 
@@ -31,48 +29,9 @@ SETTINGS = (
 NUM_KILLS = int(os.environ.get("KANDINSKY_DIST_CAMPAIGN", "2"))
 
 
-@contextmanager
-def started(world_size: int, stage: str, *settings: str, **places: Any) -> Iterator[subprocess.Popen[str]]:
+def started(world_size: int, stage: str, *settings: str, **places: Any) -> Any:
     """A run in the background; whatever is left of it is killed at the end."""
-    program = ["-m", "kandinsky_dist", *train_arguments(stage, *SETTINGS, *settings, **places)]
-    if world_size > 1:
-        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", *program]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [sys.executable, *program],
-        env=environment,
-        text=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        yield process
-    finally:
-        kill_all(process)
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher, every rank and every worker at once."""
-    if process.poll() is None:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for member in family:
-            if member.is_running():
-                member.send_signal(signal.SIGKILL)
-    process.wait()
-    if process.stderr:
-        process.stderr.close()
-
-
-def wait_until(is_so: Callable[[], Any], process: subprocess.Popen[str], *, timeout: float = 180) -> Any:
-    """Waits for a fact; fails if the run ends first without it."""
-    deadline = time.monotonic() + timeout
-    while not (fact := is_so()):
-        assert process.poll() is None, (
-            f"the run ended first: {process.stderr and process.stderr.read()[-3000:]}"
-        )
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-    return fact
+    return running.started(train_arguments(stage, *SETTINGS, *settings, **places), world_size)
 
 
 def last_step(run_dir: Path) -> int:
@@ -80,19 +39,6 @@ def last_step(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
-
-
-def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    """Rank -> its process, once all of them have begun."""
-    found = {}
-    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        try:
-            environ = member.environ()
-            if "RANK" in environ and member.parent().environ().get("RANK") is None:
-                found[int(environ["RANK"])] = member
-        except psutil.Error:
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")
