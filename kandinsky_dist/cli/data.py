@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky_dist.cli.arguments import command, group
+from kandinsky_dist.errors import DataError
 
 
 def add_data(commands: Any) -> None:
@@ -130,3 +131,50 @@ def add_data(commands: Any) -> None:
         help="found somewhere in the .txt: reads all captions (local tars)",
     )
     parser.add_argument("--limit", type=int, help="the first so many samples that fit")
+
+    def check(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.data.report import check_shards
+        from kandinsky_dist.data.report_text import tables_of, to_text
+
+        count_tokens = None
+        if arguments.tokenizer is not None:
+            from kandinsky_dist.models.token_lengths import token_counter
+
+            count_tokens = token_counter(arguments.tokenizer)
+        report = check_shards(
+            arguments.shards,
+            num_read=None if arguments.decode_all else arguments.sample,
+            resolution=arguments.resolution,
+            captions=arguments.captions,
+            count_tokens=count_tokens,
+            num_processes=arguments.num_processes,
+            out=arguments.out,
+        )
+        print(to_text(tables_of(report.figures())), end="")
+        if report.problem:
+            raise DataError(report.problem)
+
+    parser = command(
+        commands,
+        "check",
+        check,
+        "Says what a corpus consists of and whether it can be read: looks at the index of all samples, reads "
+        "and decodes some as training does. Ends with 65 if something is damaged.",
+    )
+    parser.add_argument(
+        "shards", help="as data.shards: a folder or URL with a manifest, or indexed local tars"
+    )
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--sample", type=int, default=1000, help="samples to decode, evenly spread")
+    amount.add_argument("--decode-all", action="store_true", help="decode every sample")
+    parser.add_argument("--resolution", type=int, default=512, help="side of the training view, pixels")
+    parser.add_argument(
+        "--captions", nargs="+", default=["txt"], metavar="SOURCE", help="sources as in data.captions"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of a CLIP tokenizer or pipeline: counts the captions' tokens"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for report.json, report.md, report.png and unreadable.jsonl"
+    )
+    parser.add_argument("--num-processes", type=int, default=os.cpu_count() or 1, help="readers side by side")

@@ -86,6 +86,57 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
     assert line.startswith("nobody/nothing is neither a path here nor a dataset that the hub gives: ")
 
 
+def test_check_says_what_is_there_and_what_is_damaged(tmp_path, tiny_models):
+    """With two processes, whose findings are put together."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(540):
+        pixels = np.full((24, 24 + number % 7, 3), number % 250, np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+        (folder / f"{number:03d}.txt").write_text("word " * (number % 90) + "end")
+    assert run("pack", folder, tmp_path / "shards", "--samples-per-shard", 100).returncode == 0
+    arguments = ("check", tmp_path / "shards", "--decode-all", "--num-processes", 2, "--resolution", 32)
+    out = ("--out", tmp_path / "report", "--tokenizer", tiny_models / "prior")
+    whole = run(*arguments, *out)
+    assert (whole.returncode, errors(whole)) == (0, []), whole
+    assert "samples               540\n" in whole.stdout
+    figures = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert figures["num_read"] == figures["caption_tokens"]["count"] == 540
+    assert figures["image_long_side_pixels"]["max"] == 30
+    assert figures["share_of_captions_above_77_tokens"] == sum(n % 90 + 3 > 77 for n in range(540)) / 540
+    names = ["report.json", "report.md", "report.png", "unreadable.jsonl"]
+    assert sorted(os.listdir(tmp_path / "report")) == names
+    with tarfile.open(tmp_path / "shards" / "train-00003.tar") as archive:
+        offset = archive.getmember("320.png").offset_data
+    with open(tmp_path / "shards" / "train-00003.tar", "r+b") as file:
+        file.seek(offset + 40)
+        file.write(b"damage")
+    os.truncate(tmp_path / "shards" / "train-00005.tar", 512)
+    damaged = run(*arguments, *out)
+    assert damaged.returncode == 65, damaged
+    (line,) = errors(damaged)
+    assert line.startswith("2 of 6 shards are not what was indexed, first ")
+    assert "train-00003.tar holds something else" in line
+    assert "samples read" in damaged.stdout
+
+
+def test_check_finds_changed_bytes_of_one_sample(pictures, tmp_path):
+    assert run("pack", pictures, tmp_path / "shards").returncode == 0
+    tar = tmp_path / "shards" / "train-00000.tar"
+    with tarfile.open(tar) as archive:
+        offset = archive.getmember("3.jpg").offset_data
+    status = tar.stat()
+    with open(tar, "r+b") as file:
+        file.seek(offset + 100)
+        file.write(b"damage")
+    os.utime(tar, ns=(status.st_atime_ns, status.st_mtime_ns))
+    result = run("check", tmp_path / "shards")
+    assert result.returncode == 65, result
+    (line,) = errors(result)
+    assert line.startswith("1 of 5 samples that were read cannot be used, first train-00000.tar:3: ")
+    assert "bytes changed since indexing" in result.stdout
+
+
 def test_exit_codes_and_one_line(pictures, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
@@ -96,6 +147,8 @@ def test_exit_codes_and_one_line(pictures, tmp_path):
         (("pack", tmp_path / "nowhere", tmp_path / "out"), 78, "is not a folder"),
         (("pack", tmp_path / "full", tmp_path / "out"), 65, "it has no image files"),
         (("index", tmp_path / "nowhere"), 65, "does not exist"),
+        (("check", tmp_path / "nowhere"), 65, "does not exist"),
+        (("check", tmp_path / "full", "--tokenizer", tmp_path), 78, "it is not a CLIP tokenizer"),
         (("index", tmp_path / "broken"), 65, "a.tar is not a tar"),
     ]
     for arguments, code, words in cases:
