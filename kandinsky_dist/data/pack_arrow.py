@@ -107,7 +107,7 @@ class HubDataset:
     has_unique_names = True
 
     def __init__(self, name: str, columns: Columns, split: str | None, subset: str | None) -> None:
-        datasets = require("datasets", extra=EXTRA, why=f"packing {name}")
+        datasets = require("datasets", extra=EXTRA, why=f"{name}, no path here but perhaps on the hub,")
         try:
             self._builder = datasets.load_dataset_builder(name, subset)
             splits = self._builder.as_streaming_dataset()
