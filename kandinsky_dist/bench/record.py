@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -40,13 +41,20 @@ class Record:
 
     @classmethod
     def now(
-        cls, case: str, *, device: str, command: str, setting: dict[str, Any], rows: list[dict[str, Any]]
+        cls,
+        case: str,
+        *,
+        device: str,
+        command: str,
+        setting: dict[str, Any],
+        rows: list[dict[str, Any]],
+        packages: Sequence[str] = (),
     ) -> "Record":
-        """A record of today, on this machine's software."""
+        """A record of today, on this machine's software; `packages` are named beside the usual ones."""
         return cls(
             case=case,
             device=device,
-            versions=installed_versions(),
+            versions=installed_versions((*PACKAGES, *packages)),
             command=command,
             date=datetime.now(UTC).date().isoformat(),
             setting=setting,
@@ -75,10 +83,10 @@ class Record:
             ) from error
 
 
-def installed_versions() -> dict[str, str]:
+def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
     """Python's version and those of the packages that figures depend on; absent ones are left out."""
     versions = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in packages:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -28,6 +28,59 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="which networks")
     parser.add_argument("--world-size", type=int, default=2, help="processes; on CPUs where GPUs are fewer")
 
+    def data(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.bench.data import run
+
+        run(
+            arguments.out,
+            forms=arguments.form,
+            num_samples={"cached": arguments.num_samples_cached, "jpeg": arguments.num_samples_jpeg},
+            num_repeats=arguments.repeats,
+            seconds=arguments.seconds,
+            names=arguments.contender,
+        )
+
+    parser = command(
+        commands,
+        "data",
+        data,
+        "Samples a second of the loaders here, of other libraries' and of the bare reads, side by side.",
+    )
+    parser.add_argument("out", type=Path, help="folder for data.json and data.md")
+    forms = ("cached", "jpeg")
+    parser.add_argument("--form", nargs="+", choices=forms, default=forms, help="kinds of samples")
+    parser.add_argument("--num-samples-cached", type=int, default=16384, help="records of 35 KB")
+    parser.add_argument("--num-samples-jpeg", type=int, default=512, help="photographs of 1024 pixels")
+    parser.add_argument("--repeats", type=int, default=5, help="processes a loader; their median counts")
+    parser.add_argument("--seconds", type=float, default=3.0, help="that each of them counts samples for")
+    parser.add_argument("--contender", nargs="+", default=(), help="loaders by the beginning of their names")
+
+    def remote(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.bench.data_remote import run
+
+        run(
+            arguments.out,
+            local=arguments.local,
+            remote=arguments.remote,
+            num_repeats=arguments.repeats,
+            seconds=arguments.seconds,
+            batch_size=arguments.batch_size,
+            num_workers=arguments.num_workers,
+            read_ahead_mib=arguments.read_ahead_mib,
+        )
+
+    parser = command(
+        commands, "remote", remote, "The loader on shards over the network, beside the same shards on a disk."
+    )
+    parser.add_argument("out", type=Path, help="folder for data_remote.json and data_remote.md")
+    parser.add_argument("--local", required=True, help="shard folder")
+    parser.add_argument("--remote", required=True, help="URL of a copy of it, manifest and sidecars included")
+    parser.add_argument("--repeats", type=int, default=5, help="processes each; their median counts")
+    parser.add_argument("--seconds", type=float, default=5.0, help="that each of them counts samples for")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples a batch")
+    parser.add_argument("--num-workers", type=int, default=2, help="decoding threads")
+    parser.add_argument("--read-ahead-mib", type=int, default=256, help="MiB fetched in advance")
+
     def render(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.cases import to_markdown
 

@@ -63,7 +63,9 @@ def pictures(tmp_path) -> Path:
 def test_data_pack(mount, pictures):
     disk = mount("disk", "1m")
     line = one_line(command("data", "pack", pictures, disk / "shards"), OTHER)
-    assert line == f"no space left for shards in {disk} (No space left on device); free some and retry"
+    assert line == (
+        f"no space left for {disk / 'shards'} in {disk} (No space left on device); free some and retry"
+    )
     assert list(disk.iterdir()) == []
     mount("disk", ROOM)
     done = command("data", "pack", pictures, disk / "shards")
