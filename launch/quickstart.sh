@@ -12,7 +12,7 @@ source launch/setup.sh
 prompt=${PROMPT:-a 3d emoji of a fire engine}
 started=$SECONDS
 
-[ -e work/data/train/manifest.json ] || command -v npm >/dev/null || refuse \
+[ -e work/data/train/manifest.safetensors ] || command -v npm >/dev/null || refuse \
   "npm is not on PATH and fetches the demo pictures: install it (Debian: apt-get install npm)"
 need_disk 1
 
