@@ -20,6 +20,7 @@ CASE = "data"
 CONTENDERS = (*OWN, *RIVALS)
 BATCH_SIZES: dict[Form, int] = {"cached": 256, "jpeg": 32}
 TIMEOUT_SECONDS = 600.0
+PACKAGES = ("simplejpeg", "webdataset", "mosaicml-streaming", "litdata", "megatron-energon")
 
 
 def run(
@@ -71,7 +72,14 @@ def run(
         "num_repeats": num_repeats,
         "seconds": seconds,
     }
-    record = Record.now(CASE, device=device_name("cpu"), command=command, setting=setting, rows=rows)
+    record = Record.now(
+        CASE,
+        device=device_name("cpu"),
+        command=command,
+        setting=setting,
+        rows=rows,
+        packages=PACKAGES,
+    )
     record.save(out / "data.json")
     (out / "data.md").write_text(to_markdown(record), "utf-8")
     return record

@@ -86,7 +86,14 @@ def run(
         f"--seconds {seconds:g} --batch-size {batch_size} --num-workers {num_workers} "
         f"--read-ahead-mib {read_ahead_mib}"
     )
-    record = Record.now("data", device=device_name("cpu"), command=command, setting=setting, rows=rows)
+    record = Record.now(
+        "data",
+        device=device_name("cpu"),
+        command=command,
+        setting=setting,
+        rows=rows,
+        packages=("simplejpeg", "boto3"),
+    )
     out.mkdir(parents=True, exist_ok=True)
     record.save(out / "data_remote.json")
     (out / "data_remote.md").write_text(to_markdown(record), "utf-8")

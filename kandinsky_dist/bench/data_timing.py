@@ -69,7 +69,7 @@ def measure(
 
 
 def _read_whole(folder: str | Path) -> None:
-    """Brings the files of a local folder into the page cache, from which an earlier one may have driven them."""
+    """Brings a local folder's files into the page cache, from which others may have driven them."""
     piece = bytearray(2**20)
     for path in Path(folder).rglob("*"):
         if path.is_file():
@@ -130,7 +130,7 @@ def in_new_process(function: Callable[..., Any], *arguments: Any, timeout_second
 
 
 def _call(results: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    # A spawned process would spawn its workers too; loaders are to have the platform's default, as in a script.
+    # A spawned process would spawn its workers too; loaders are to start them as in a script.
     multiprocessing.set_start_method(None, force=True)
     os.dup2(2, 1)  # bars and greetings of libraries are no part of the table on standard output
     try:
