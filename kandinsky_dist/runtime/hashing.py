@@ -6,6 +6,7 @@ Source: splitmix64's finaliser (Steele, Lea, Flood 2014, "Fast splittable pseudo
 """
 
 import enum
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+@lru_cache(4096)  # asked for at every window of the plan: worked out anew, it was a third of finding places
 def stream_key(seed: int, stream: Stream) -> int:
     """A 64-bit key for one use of one seed."""
     with np.errstate(over="ignore"):
