@@ -161,7 +161,7 @@ class _LeftOut:
         self.counts[reason] = self.counts.get(reason, 0) + 1
         names = self.first.setdefault(reason, [])
         if len(names) < NUM_NAMED:
-            names.append(name)
+            names.append(name.encode("utf-8", "backslashreplace").decode())  # a terminal takes UTF-8 only
 
     def __str__(self) -> str:
         parts = []

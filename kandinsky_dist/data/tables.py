@@ -14,7 +14,7 @@ from kandinsky_dist.data.shard_index import ShardIndex, read_shard_index
 from kandinsky_dist.errors import DataError
 
 MAX_OPEN_SHARDS = 320
-"""Lanes of a rank on its own times the chunks of a window, and some: fewer would be opened again and again."""
+"""Lanes of a rank on its own times the chunks of a window, and some: fewer would be opened time and again."""
 
 
 @dataclass(frozen=True, slots=True)
