@@ -48,8 +48,6 @@ FORMAT_EXTENSIONS = {
     "GIF": "gif",
     "TIFF": "tif",
 }
-OPENED_FORMATS = tuple(name for name in FORMAT_EXTENSIONS if name != "MPO")
-"""By which Pillow opens files; an MPO, several JPEGs in one, it finds out by itself."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 NUM_NAMED = 3
 

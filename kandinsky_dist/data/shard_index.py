@@ -83,11 +83,6 @@ class ShardIndex:
         return np.bincount(self.aspects_N, minlength=NUM_ASPECTS)
 
 
-def sidecar_path(tar: Path) -> Path:
-    """Sidecar of a shard: beside it, with .idx appended."""
-    return tar.with_name(tar.name + SIDECAR_SUFFIX)
-
-
 def write_shard_index(path: Path, samples: Sequence[IndexedSample], metadata: Mapping[str, str]) -> None:
     """Writes a sidecar, whole or not at all.
 
