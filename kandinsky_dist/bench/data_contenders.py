@@ -31,12 +31,12 @@ from kandinsky_dist.data.catalogue import read_manifest
 from kandinsky_dist.data.dataset import ShardDataset
 from kandinsky_dist.data.loader import Loader
 from kandinsky_dist.data.order import Order
+from kandinsky_dist.data.packing.writer import write_shards
 from kandinsky_dist.data.record_slots import SlotFinder
 from kandinsky_dist.data.records import SEAL_BYTES, Check, RecordReader, sealed
-from kandinsky_dist.data.remote_storage import make_storage
+from kandinsky_dist.data.remote.remote_storage import make_storage
 from kandinsky_dist.data.rows import Views
 from kandinsky_dist.data.storage import LocalStorage
-from kandinsky_dist.data.writer import write_shards
 
 Form = Literal["cached", "jpeg"]
 Batches = Iterator[tuple[Tensor, Tensor]]

@@ -10,7 +10,7 @@ from kandinsky_dist.bench.data_report import to_markdown
 from kandinsky_dist.bench.data_timing import Timing, in_new_process, measure
 from kandinsky_dist.bench.record import Record, device_name
 from kandinsky_dist.data.catalogue import read_manifest
-from kandinsky_dist.data.fetch import Fetcher
+from kandinsky_dist.data.remote.fetch import Fetcher
 from kandinsky_dist.errors import DataError
 
 NUM_PINGS = 5

@@ -15,7 +15,7 @@ def add_data(commands: Any) -> None:
     commands = group(commands, "data", "Makes, indexes and packs tar shards.")
 
     def demo(arguments: argparse.Namespace) -> None:
-        from kandinsky_dist.data.corpus import build_demo
+        from kandinsky_dist.data.packing.corpus import build_demo
 
         build_demo(arguments.out, image_size=arguments.image_size, max_samples=arguments.max_samples)
 
@@ -27,7 +27,7 @@ def add_data(commands: Any) -> None:
     parser.add_argument("--max-samples", type=int, help="an even subset of so many samples")
 
     def pack(arguments: argparse.Namespace) -> None:
-        from kandinsky_dist.data.pack import Columns, pack
+        from kandinsky_dist.data.packing.pack import Columns, pack
 
         pack(
             arguments.source,
@@ -66,7 +66,7 @@ def add_data(commands: Any) -> None:
     parser.add_argument("--subset", help="configuration of a hub dataset that has several")
 
     def index(arguments: argparse.Namespace) -> None:
-        from kandinsky_dist.data.index import index_shards
+        from kandinsky_dist.data.indexing.index import index_shards
 
         manifest = index_shards(
             arguments.shards,
@@ -102,7 +102,7 @@ def add_data(commands: Any) -> None:
     parser.add_argument("--num-processes", type=int, default=os.cpu_count() or 1, help="readers side by side")
 
     def subset(arguments: argparse.Namespace) -> None:
-        from kandinsky_dist.data.subset import Filters, make_subset
+        from kandinsky_dist.data.indexing.subset import Filters, make_subset
 
         filters = {item.name: getattr(arguments, item.name) for item in fields(Filters)}
         manifest = make_subset(arguments.shards, arguments.out, **filters)
@@ -133,8 +133,8 @@ def add_data(commands: Any) -> None:
     parser.add_argument("--limit", type=int, help="the first so many samples that fit")
 
     def check(arguments: argparse.Namespace) -> None:
-        from kandinsky_dist.data.report import check_shards
-        from kandinsky_dist.data.report_text import tables_of, to_text
+        from kandinsky_dist.data.checking.report import check_shards
+        from kandinsky_dist.data.checking.report_text import tables_of, to_text
 
         count_tokens = None
         if arguments.tokenizer is not None:

@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from kandinsky_dist.data.index_shard import row_of
 from kandinsky_dist.data.locations import base_name, is_remote, join
-from kandinsky_dist.data.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest
+from kandinsky_dist.data.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest, row_of
 from kandinsky_dist.data.patterns import resolve_shards, shown, tars_below
 from kandinsky_dist.data.shard_index import SIDECAR_SUFFIX, read_shard_index
 from kandinsky_dist.errors import DataError
@@ -104,8 +103,8 @@ def _remote_folder(shards: str, key: str) -> Manifest:
             f"run: kandinsky-dist data index '{shown(shards)}' "
             f"--out FOLDER, and give FOLDER as {key}"
         )
-    from kandinsky_dist.data.fetch import fetch_whole
-    from kandinsky_dist.data.transports import MissingObjectError
+    from kandinsky_dist.data.remote.fetch import fetch_whole
+    from kandinsky_dist.data.remote.transports import MissingObjectError
 
     root, remedy = shards.rstrip("/"), "kandinsky-dist data index 'PATTERN' --out FOLDER"
     try:

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from kandinsky_dist.data.aspects import ASPECTS, NUM_ASPECTS
 from kandinsky_dist.data.locations import Texts, base_name, join
-from kandinsky_dist.data.shard_index import mapped, read_header
+from kandinsky_dist.data.shard_index import ShardIndex, mapped, read_header
 from kandinsky_dist.errors import DataError
 from kandinsky_dist.runtime.disk import write_whole
 
@@ -39,6 +39,22 @@ class Shard:
     num_bytes: int
     fingerprint: str
     aspect_counts: tuple[int, ...]
+
+
+def row_of(index: ShardIndex, tar: str, sidecar: str) -> Shard:
+    """The row of a manifest that a sidecar amounts to.
+
+    Raises:
+        KeyError, ValueError: its metadata are not ours.
+    """
+    return Shard(
+        tar,
+        sidecar,
+        len(index),
+        int(index.metadata["num_bytes"]),
+        index.metadata["fingerprint"],
+        tuple(index.aspect_counts().tolist()),
+    )
 
 
 @dataclass(frozen=True, eq=False)

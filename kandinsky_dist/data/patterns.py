@@ -77,7 +77,7 @@ def shown(location: str) -> str:
     """A location for messages: what follows the question mark of a URL may be secret."""
     if not is_remote(location):
         return location
-    from kandinsky_dist.data.transports import redacted
+    from kandinsky_dist.data.remote.transports import redacted
 
     return redacted(location)
 
@@ -144,7 +144,7 @@ def _remote(url: str, problem: str) -> list[Named]:
 
 
 def _bucket(name: str) -> list[Named]:
-    from kandinsky_dist.data.fetch import list_tars
+    from kandinsky_dist.data.remote.fetch import list_tars
 
     if not glob.has_magic(name):
         return [Named(tar) for tar in sorted(list_tars(name.rstrip("/") + "/"))]

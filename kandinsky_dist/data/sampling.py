@@ -7,7 +7,7 @@ from torch import Tensor
 from kandinsky_dist.data.catalogue import read_manifest
 from kandinsky_dist.data.dataset import ShardDataset
 from kandinsky_dist.data.order import Order
-from kandinsky_dist.data.remote_storage import make_storage
+from kandinsky_dist.data.remote.remote_storage import make_storage
 from kandinsky_dist.data.rows import Views
 
 READ_AHEAD_BYTES = 64 * 2**20

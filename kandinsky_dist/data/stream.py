@@ -122,7 +122,7 @@ def _opened(url: str) -> Any:
     if url.startswith(PIPE) or not is_remote(url):
         # Not through webdataset's gopen, which would run shell commands for URLs of its own accord.
         return gopen_pipe(url) if url.startswith(PIPE) else open(url, "rb")
-    from kandinsky_dist.data.fetch import open_stream
+    from kandinsky_dist.data.remote.fetch import open_stream
 
     return open_stream(url)
 

@@ -10,7 +10,7 @@ from kandinsky_dist.data.catalogue import check_presence, read_manifest
 from kandinsky_dist.data.dataset import ShardDataset
 from kandinsky_dist.data.loader import Loader
 from kandinsky_dist.data.order import ORDER_VERSION, Order
-from kandinsky_dist.data.remote_storage import make_storage
+from kandinsky_dist.data.remote.remote_storage import make_storage
 from kandinsky_dist.data.rows import Views
 from kandinsky_dist.data.stream import StreamDataset
 from kandinsky_dist.models.frozen import clip_preprocessing

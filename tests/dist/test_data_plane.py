@@ -18,7 +18,7 @@ from helpers.running import started, wait_until, workers_of
 
 from kandinsky_dist.checkpoint.manager import checkpoints_of, newest_whole
 from kandinsky_dist.data.catalogue import read_manifest
-from kandinsky_dist.data.index import index_shards
+from kandinsky_dist.data.indexing.index import index_shards
 from kandinsky_dist.data.order import Order
 from kandinsky_dist.data.tables import Tables
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from kandinsky_dist.data.writer import write_shards
+from kandinsky_dist.data.packing.writer import write_shards
 
 COLOURS = ("red", "green", "blue", "orange", "purple", "black", "teal", "brown")
 SHAPES = ("disc", "box", "triangle")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from kandinsky_dist.checkpoint.manager import newest_whole
 from kandinsky_dist.data.catalogue import read_manifest
-from kandinsky_dist.data.index import index_shards
+from kandinsky_dist.data.indexing.index import index_shards
 from kandinsky_dist.data.order import Order
 from kandinsky_dist.data.tables import Tables
 

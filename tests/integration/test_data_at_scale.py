@@ -14,9 +14,9 @@ from kandinsky_dist.data.dataset import ShardDataset
 from kandinsky_dist.data.loader import Loader
 from kandinsky_dist.data.manifest import Manifest, concatenate
 from kandinsky_dist.data.order import Order
+from kandinsky_dist.data.packing.writer import write_shards
 from kandinsky_dist.data.rows import Views
 from kandinsky_dist.data.storage import LocalStorage
-from kandinsky_dist.data.writer import write_shards
 
 pytestmark = pytest.mark.integration
 

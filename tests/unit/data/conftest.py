@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from data_tars import sample, write_tar
 
-from kandinsky_dist.data.index import index_shards
+from kandinsky_dist.data.indexing.index import index_shards
 from kandinsky_dist.data.manifest import Manifest
 
 

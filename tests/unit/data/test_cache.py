@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from kandinsky_dist.data import cache as cache_module
-from kandinsky_dist.data.cache import BlockCache
+from kandinsky_dist.data.remote import cache as cache_module
+from kandinsky_dist.data.remote.cache import BlockCache
 from kandinsky_dist.errors import DataError
 
 BLOCK = 64 * 1024

@@ -11,7 +11,7 @@ from test_manifest import rows
 
 from kandinsky_dist.data.aspects import NUM_ASPECTS
 from kandinsky_dist.data.catalogue import check_presence, read_manifest
-from kandinsky_dist.data.index import index_shards
+from kandinsky_dist.data.indexing.index import index_shards
 from kandinsky_dist.data.locations import Texts
 from kandinsky_dist.data.manifest import MANIFEST_NAME, Manifest, write_manifest
 from kandinsky_dist.errors import DataError

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kandinsky_dist.data import corpus
-from kandinsky_dist.data.corpus import build_demo, match_names, split_held_out
+from kandinsky_dist.data.packing import corpus
+from kandinsky_dist.data.packing.corpus import build_demo, match_names, split_held_out
 from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.data.tables import Place
 from kandinsky_dist.errors import ConfigError, DataError

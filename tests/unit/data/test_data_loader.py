@@ -10,7 +10,7 @@ import torch
 from data_tars import sample, write_tar
 
 from kandinsky_dist.data.dataset import ShardDataset
-from kandinsky_dist.data.index import index_shards
+from kandinsky_dist.data.indexing.index import index_shards
 from kandinsky_dist.data.loader import MAX_DEATHS, THREADS_PER_PROCESS, Loader
 from kandinsky_dist.data.order import Order
 from kandinsky_dist.data.rows import Views

@@ -12,7 +12,7 @@ from kandinsky_dist.data.batch import Batch
 from kandinsky_dist.data.captions import Captions, CaptionSource
 from kandinsky_dist.data.dataset import ShardDataset
 from kandinsky_dist.data.decode import clip_view, square_view
-from kandinsky_dist.data.index import index_shards
+from kandinsky_dist.data.indexing.index import index_shards
 from kandinsky_dist.data.order import NUM_ATTEMPTS, Order
 from kandinsky_dist.data.rows import Views
 from kandinsky_dist.data.sampling import first_pictures

@@ -10,8 +10,8 @@ import threading
 import pytest
 from helpers.servers import Fault, aws_environment, delayed, http_server, s3_server
 
-from kandinsky_dist.data.fetch import Fetcher
-from kandinsky_dist.data.object_stream import Policy
+from kandinsky_dist.data.remote.fetch import Fetcher
+from kandinsky_dist.data.remote.object_stream import Policy
 from kandinsky_dist.errors import ConfigError, DataError
 
 # As patient as the real one, only faster.
@@ -351,6 +351,16 @@ def test_s3_faults_heal(folder):
         assert server.num_requests.total() == 6
         # What was on its way when the drip was left is all that came twice.
         assert 50_000 <= server.num_bytes.total() < 50_000 + 100
+
+
+def test_s3_refused_connection_is_tried_again_and_named():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        with (
+            aws_environment(f"http://127.0.0.1:{unused.getsockname()[1]}"),
+            pytest.raises(DataError, match=r"gave up after 4 attempts \(no answer: Could not connect"),
+        ):
+            Fetcher(QUICK).fetch("s3://corpus/a.tar", 0, 10)
 
 
 def test_s3_connections_are_kept_and_retries_are_ours(folder):

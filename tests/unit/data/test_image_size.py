@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from kandinsky_dist.data.image_size import upright_size
+from kandinsky_dist.data.indexing.image_size import upright_size
 
 
 def encoded(

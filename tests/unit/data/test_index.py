@@ -10,9 +10,9 @@ from helpers.servers import Fault, http_server, s3_server
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from kandinsky_dist.data import index_shard
 from kandinsky_dist.data.catalogue import read_manifest
-from kandinsky_dist.data.index import index_shards
+from kandinsky_dist.data.indexing import index_shard
+from kandinsky_dist.data.indexing.index import index_shards
 from kandinsky_dist.data.manifest import MANIFEST_NAME
 from kandinsky_dist.data.shard_index import read_shard_index
 from kandinsky_dist.data.storage import LocalStorage
@@ -429,7 +429,7 @@ def test_damaged_and_absent_remote_shards(make_corpus, tmp_path, caplog):
 def test_no_name_leads_out_of_the_folder(make_corpus, tmp_path):
     manifest = make_corpus([1])
     (tmp_path / "list.txt").write_text("http://h/a/../../x.tar\nhttp://h/b//x.tar\n")
-    from kandinsky_dist.data.index import _sidecars
+    from kandinsky_dist.data.indexing.index import _sidecars
 
     names = _sidecars(
         "x", ["http://h/a/../../x.tar", "http://h/b//x.tar", "s3://h/./../x.tar", manifest.tar(0)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kandinsky_dist.data.aspects import NUM_ASPECTS
 from kandinsky_dist.data.catalogue import read_manifest
-from kandinsky_dist.data.index import index_shards
+from kandinsky_dist.data.indexing.index import index_shards
 from kandinsky_dist.data.locations import Texts
 from kandinsky_dist.data.manifest import (
     MANIFEST_NAME,

@@ -9,10 +9,10 @@ from data_tars import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kandinsky_dist.data.pack import Columns, open_source, pack
+from kandinsky_dist.data.packing.pack import Columns, open_source, pack
+from kandinsky_dist.data.packing.unique_keys import UniqueKeys
 from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.data.tables import Place
-from kandinsky_dist.data.unique_keys import UniqueKeys
 from kandinsky_dist.errors import ConfigError, DataError
 
 
@@ -222,7 +222,7 @@ def test_a_changed_image_of_a_table_is_seen(source, tmp_path, kind):
         pack(source, tmp_path / "out")
 
 
-ROW_MAKERS = ("*/data/pack*.py", "*/json/*.py", "*/csv.py", "<frozen codecs>")
+ROW_MAKERS = ("*/data/packing/pack*.py", "*/json/*.py", "*/csv.py", "<frozen codecs>")
 
 
 def held_bytes(source):

@@ -9,8 +9,8 @@ import pytest
 from data_tars import picture
 from test_pack import packed
 
-from kandinsky_dist.data.pack import Columns, open_source, pack
-from kandinsky_dist.data.pack_arrow import HubDataset
+from kandinsky_dist.data.packing.pack import Columns, open_source, pack
+from kandinsky_dist.data.packing.pack_arrow import HubDataset
 from kandinsky_dist.errors import ConfigError, DataError
 
 pa = pytest.importorskip("pyarrow")

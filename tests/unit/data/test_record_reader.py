@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from kandinsky_dist.data import records
 from kandinsky_dist.data.manifest import load_manifest
 from kandinsky_dist.data.order import Order
+from kandinsky_dist.data.packing.writer import write_shards
 from kandinsky_dist.data.records import RecordReader, record_size, sealed, seals
-from kandinsky_dist.data.writer import write_shards
 from kandinsky_dist.errors import DataError
 
 NUM_SAMPLES = 40

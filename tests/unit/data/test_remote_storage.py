@@ -15,13 +15,13 @@ from data_tars import sample, write_tar
 from helpers.servers import Fault, aws_environment, http_server, s3_server
 
 from kandinsky_dist.data import storage as storage_module
-from kandinsky_dist.data.cache import BlockCache
-from kandinsky_dist.data.fetch import Fetcher
-from kandinsky_dist.data.index import index_shards
+from kandinsky_dist.data.indexing.index import index_shards
 from kandinsky_dist.data.manifest import Manifest, concatenate
-from kandinsky_dist.data.object_stream import Policy
 from kandinsky_dist.data.plan import Plan
-from kandinsky_dist.data.remote_storage import RemoteStorage, make_storage
+from kandinsky_dist.data.remote.cache import BlockCache
+from kandinsky_dist.data.remote.fetch import Fetcher
+from kandinsky_dist.data.remote.object_stream import Policy
+from kandinsky_dist.data.remote.remote_storage import RemoteStorage, make_storage
 from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.data.tables import Place
 from kandinsky_dist.errors import DataError, SampleError
@@ -393,8 +393,8 @@ def test_a_program_may_end_while_a_server_is_silent(tmp_path):
     code = """
 import sys
 from kandinsky_dist.data.manifest import load_manifest
-from kandinsky_dist.data.remote_storage import make_storage
-from kandinsky_dist.data.fetch import fetch_whole
+from kandinsky_dist.data.remote.remote_storage import make_storage
+from kandinsky_dist.data.remote.fetch import fetch_whole
 from kandinsky_dist.data.tables import Place
 root = sys.argv[1]
 manifest = load_manifest(root, "", fetch_whole(root + "/manifest.safetensors"))

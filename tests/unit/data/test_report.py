@@ -9,11 +9,11 @@ from data_tars import picture, sample, write_tar
 from helpers.servers import http_server
 from PIL import Image
 
-from kandinsky_dist.data import report as report_module
-from kandinsky_dist.data.index import index_shards
-from kandinsky_dist.data.report import check_shards
-from kandinsky_dist.data.report_text import tables_of, to_markdown, to_text
-from kandinsky_dist.data.subset import make_subset
+from kandinsky_dist.data.checking import report as report_module
+from kandinsky_dist.data.checking.report import check_shards
+from kandinsky_dist.data.checking.report_text import tables_of, to_markdown, to_text
+from kandinsky_dist.data.indexing.index import index_shards
+from kandinsky_dist.data.indexing.subset import make_subset
 from kandinsky_dist.errors import ConfigError, DataError
 
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kandinsky_dist.data.statistics import EXACT, Histogram, prints_of, repeats
+from kandinsky_dist.data.checking.statistics import EXACT, Histogram, prints_of, repeats
 
 numbers = st.lists(st.integers(0, 2**30) | st.integers(0, 200), min_size=1, max_size=60)
 

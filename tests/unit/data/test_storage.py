@@ -9,7 +9,7 @@ from data_tars import picture, sample, write_tar
 
 from kandinsky_dist.data import storage as storage_module
 from kandinsky_dist.data import tables
-from kandinsky_dist.data.index import index_shards
+from kandinsky_dist.data.indexing.index import index_shards
 from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.data.tables import Place
 from kandinsky_dist.errors import DataError, SampleError

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kandinsky_dist.data.catalogue import check_presence, read_manifest
-from kandinsky_dist.data.index import index_shards
+from kandinsky_dist.data.indexing.index import index_shards
+from kandinsky_dist.data.indexing.subset import make_subset
 from kandinsky_dist.data.manifest import MANIFEST_NAME, Manifest
 from kandinsky_dist.data.storage import LocalStorage
-from kandinsky_dist.data.subset import make_subset
 from kandinsky_dist.data.tables import Place
 from kandinsky_dist.errors import ConfigError, DataError
 

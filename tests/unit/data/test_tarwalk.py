@@ -9,9 +9,9 @@ from data_tars import picture, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kandinsky_dist.data.samples import is_image
-from kandinsky_dist.data.tar_readers import DamagedShardError, open_reader
-from kandinsky_dist.data.tarwalk import TarTable, walk_tar
+from kandinsky_dist.data.indexing.samples import is_image
+from kandinsky_dist.data.indexing.tar_readers import DamagedShardError, open_reader
+from kandinsky_dist.data.indexing.tarwalk import TarTable, walk_tar
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 

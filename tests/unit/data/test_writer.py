@@ -7,10 +7,10 @@ import pytest
 from data_tars import picture
 
 from kandinsky_dist.data.catalogue import read_manifest
+from kandinsky_dist.data.packing.writer import write_shards
 from kandinsky_dist.data.shard_index import read_shard_index
 from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.data.tables import Place
-from kandinsky_dist.data.writer import write_shards
 from kandinsky_dist.errors import ConfigError, DataError
 
 ORIGIN = {"command": "test", "seed": 1}
@@ -100,7 +100,7 @@ def test_no_space_left_is_one_line_and_leaves_nothing(tmp_path):
     program = f"""
         import resource
         from pathlib import Path
-        from kandinsky_dist.data.writer import write_shards
+        from kandinsky_dist.data.packing.writer import write_shards
         from kandinsky_dist.errors import DiskFullError
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))

@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from kandinsky_dist.data.indexing.tar_readers import DamagedShardError
+from kandinsky_dist.data.indexing.tarwalk import Member
 from kandinsky_dist.data.shard_index import IMAGE_EXTENSIONS, IndexedSample, Places
-from kandinsky_dist.data.tar_readers import DamagedShardError
-from kandinsky_dist.data.tarwalk import Member
 
 CACHED_EXTENSION = "cached"
 """Encoder outputs: a sample that has them needs no image and no caption."""

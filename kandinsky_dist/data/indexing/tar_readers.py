@@ -118,7 +118,7 @@ class StreamReader(_Closing):
     is_sequential = True
 
     def __init__(self, location: str) -> None:
-        from kandinsky_dist.data.fetch import open_stream
+        from kandinsky_dist.data.remote.fetch import open_stream
 
         self.location = shown(location)
         self._stream = open_stream(location)

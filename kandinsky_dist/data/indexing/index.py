@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from kandinsky_dist.data.captions import CaptionSource
-from kandinsky_dist.data.index_shard import Indexed, Job, index_shard
+from kandinsky_dist.data.indexing.index_shard import Indexed, Job, index_shard
 from kandinsky_dist.data.locations import base_name, is_remote, relative
 from kandinsky_dist.data.manifest import Manifest, write_manifest
 from kandinsky_dist.data.patterns import Named, named_shards, shown, without_absent

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kandinsky_dist.data.aspects import ASPECTS
-from kandinsky_dist.data.report_text import aspect_name
-from kandinsky_dist.data.statistics import Histogram
-from kandinsky_dist.data.survey import Findings
+from kandinsky_dist.data.checking.report_text import aspect_name
+from kandinsky_dist.data.checking.statistics import Histogram
+from kandinsky_dist.data.checking.survey import Findings
 from kandinsky_dist.optional import require
 
 MAX_TOKENS = 77

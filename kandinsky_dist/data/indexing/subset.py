@@ -148,7 +148,7 @@ def _select(
     """Rows of each shard that fit, their aspect counts, and how many are of unknown size."""
     fetch: Callable[[str], bytes] | None = None
     if any(is_remote(location) for location in (corpus.root, *corpus.sidecars)):
-        from kandinsky_dist.data.fetch import fetch_whole as fetch
+        from kandinsky_dist.data.remote.fetch import fetch_whole as fetch
     matches = _matcher(corpus, filters)
     tables = Tables(corpus, fetch)
     left = filters.limit
@@ -208,7 +208,7 @@ def _matcher(corpus: Manifest, filters: Filters) -> Callable[[Place], bool] | No
     """Whether the caption of a sample matches; None if that is not asked."""
     if filters.caption_matches is None:
         return None
-    from kandinsky_dist.data.transports import redacted
+    from kandinsky_dist.data.remote.transports import redacted
 
     remote = next((tar for tar in map(corpus.tar, range(len(corpus))) if is_remote(tar)), None)
     if remote is not None:

@@ -9,8 +9,8 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kandinsky_dist.data.image_size import large_images_are_fine, member_file, upright_size
-from kandinsky_dist.data.tar_readers import DamagedShardError, Reader
+from kandinsky_dist.data.indexing.image_size import large_images_are_fine, member_file, upright_size
+from kandinsky_dist.data.indexing.tar_readers import DamagedShardError, Reader
 
 BLOCK_BYTES = 512
 ZERO_BLOCK = bytes(BLOCK_BYTES)

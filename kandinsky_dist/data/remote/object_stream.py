@@ -6,7 +6,7 @@ import re
 import time
 from dataclasses import dataclass
 
-from kandinsky_dist.data.transports import AGAIN, Answer, Transient, Transport, redacted
+from kandinsky_dist.data.remote.transports import AGAIN, Answer, Transient, Transport, redacted
 from kandinsky_dist.errors import DataError
 
 

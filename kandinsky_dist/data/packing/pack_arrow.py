@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kandinsky_dist.data.pack_sources import CAPTION_COLUMNS, Columns, Row, chosen, walk
+from kandinsky_dist.data.packing.pack_sources import CAPTION_COLUMNS, Columns, Row, chosen, walk
 from kandinsky_dist.errors import ConfigError, DataError
 from kandinsky_dist.optional import require
 

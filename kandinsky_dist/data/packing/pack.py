@@ -14,16 +14,16 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from kandinsky_dist.data.image_size import FORMATS
+from kandinsky_dist.data.indexing.image_size import FORMATS
 from kandinsky_dist.data.manifest import Manifest
-from kandinsky_dist.data.pack_arrow import (
+from kandinsky_dist.data.packing.pack_arrow import (
     HubDataset,
     ParquetSource,
     SavedDataset,
     is_parquet,
     is_saved_dataset,
 )
-from kandinsky_dist.data.pack_sources import (
+from kandinsky_dist.data.packing.pack_sources import (
     METADATA_EXTENSION,
     TABLE_NAMES,
     Columns,
@@ -34,9 +34,9 @@ from kandinsky_dist.data.pack_sources import (
     extension,
     walk,
 )
+from kandinsky_dist.data.packing.unique_keys import UniqueKeys
+from kandinsky_dist.data.packing.writer import NoSamplesError, write_shards
 from kandinsky_dist.data.shard_index import CAPTION_EXTENSION, IMAGE_EXTENSIONS
-from kandinsky_dist.data.unique_keys import UniqueKeys
-from kandinsky_dist.data.writer import NoSamplesError, write_shards
 from kandinsky_dist.errors import ConfigError, DataError
 
 FORMAT_EXTENSIONS = {

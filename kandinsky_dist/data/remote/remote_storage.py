@@ -9,13 +9,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from kandinsky_dist.data.cache import BlockCache
-from kandinsky_dist.data.fetch import Fetcher
 from kandinsky_dist.data.locations import is_remote
 from kandinsky_dist.data.manifest import Manifest
-from kandinsky_dist.data.read_ahead import NUM_THREADS, ReadAhead, Run
+from kandinsky_dist.data.remote.cache import BlockCache
+from kandinsky_dist.data.remote.fetch import Fetcher
+from kandinsky_dist.data.remote.read_ahead import NUM_THREADS, ReadAhead, Run
+from kandinsky_dist.data.remote.sidecars import Sidecars
 from kandinsky_dist.data.shard_index import Places
-from kandinsky_dist.data.sidecars import Sidecars
 from kandinsky_dist.data.storage import MAX_GAP_BYTES, LocalStorage, Sample, Storage, check, runs_of, wanted
 from kandinsky_dist.data.tables import Place
 from kandinsky_dist.errors import DataError, SampleError

@@ -7,8 +7,8 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from kandinsky_dist.data.locations import is_remote
-from kandinsky_dist.data.object_stream import POLICY, ObjectStream, Patience, Policy
-from kandinsky_dist.data.transports import (
+from kandinsky_dist.data.remote.object_stream import POLICY, ObjectStream, Patience, Policy
+from kandinsky_dist.data.remote.transports import (
     HttpTransport,
     S3Transport,
     Transient,

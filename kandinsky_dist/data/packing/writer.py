@@ -7,7 +7,7 @@ from typing import Any
 import webdataset
 
 from kandinsky_dist.data.catalogue import read_manifest
-from kandinsky_dist.data.index import index_shards
+from kandinsky_dist.data.indexing.index import index_shards
 from kandinsky_dist.data.manifest import Manifest
 from kandinsky_dist.data.origin import existing_result, result_folder
 from kandinsky_dist.errors import ConfigError, DataError

@@ -197,7 +197,7 @@ class S3Transport:
                 f"{redacted(location)}: no trusted connection ({redacted(str(error))}); set "
                 f"AWS_CA_BUNDLE {AGAIN}"
             ) from error
-        except self._errors.HTTPClientError as error:
+        except (self._errors.ConnectionError, self._errors.HTTPClientError) as error:
             raise Transient(f"no answer: {redacted(str(error))}") from error
         except (self._errors.BotoCoreError, ValueError) as error:
             raise DataError(

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock, Thread
 
-from kandinsky_dist.data.fetch import Fetcher
 from kandinsky_dist.data.locations import is_remote
 from kandinsky_dist.data.manifest import Manifest
+from kandinsky_dist.data.remote.fetch import Fetcher
 from kandinsky_dist.data.shard_index import ShardIndex
 from kandinsky_dist.data.tables import Place, Tables
 

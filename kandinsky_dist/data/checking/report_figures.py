@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kandinsky_dist.data.aspects import ASPECTS
-from kandinsky_dist.data.report_text import aspect_name
-from kandinsky_dist.data.statistics import Histogram, Repeats
-from kandinsky_dist.data.survey import Findings, Unreadable
+from kandinsky_dist.data.checking.report_text import aspect_name
+from kandinsky_dist.data.checking.statistics import Histogram, Repeats
+from kandinsky_dist.data.checking.survey import Findings, Unreadable
 
 NUM_NAMED = 5
 MAX_TOKENS = 77

@@ -14,16 +14,16 @@ import numpy.typing as npt
 
 from kandinsky_dist.data.aspects import NUM_ASPECTS
 from kandinsky_dist.data.captions import Captions
+from kandinsky_dist.data.checking.statistics import Histogram, prints_of
 from kandinsky_dist.data.decode import Wanted, decode_views
+from kandinsky_dist.data.indexing.samples import CACHED_EXTENSION
+from kandinsky_dist.data.indexing.tar_readers import open_reader
+from kandinsky_dist.data.indexing.tarwalk import walk_tar
 from kandinsky_dist.data.locations import is_remote
 from kandinsky_dist.data.manifest import Manifest
-from kandinsky_dist.data.samples import CACHED_EXTENSION
 from kandinsky_dist.data.shard_index import IMAGE_EXTENSIONS, ShardIndex
-from kandinsky_dist.data.statistics import Histogram, prints_of
 from kandinsky_dist.data.storage import LocalStorage, Sample, Storage
 from kandinsky_dist.data.tables import Place, Tables
-from kandinsky_dist.data.tar_readers import open_reader
-from kandinsky_dist.data.tarwalk import walk_tar
 from kandinsky_dist.errors import DataError, SampleError
 
 READ_AHEAD_BYTES = 64 * 2**20
@@ -232,8 +232,8 @@ def _opened(manifest: Manifest) -> tuple[Storage, Tables]:
     places = ((manifest.tar(shard), manifest.sidecar(shard)) for shard in range(len(manifest)))
     if not any(is_remote(tar) or is_remote(sidecar) for tar, sidecar in places):
         return LocalStorage(manifest), Tables(manifest)
-    from kandinsky_dist.data.fetch import Fetcher
-    from kandinsky_dist.data.remote_storage import make_storage
+    from kandinsky_dist.data.remote.fetch import Fetcher
+    from kandinsky_dist.data.remote.remote_storage import make_storage
 
     storage = make_storage(manifest, read_ahead_bytes=READ_AHEAD_BYTES, cache_dir=None, cache_bytes=0)
     return storage, Tables(manifest, Fetcher().fetch_whole)

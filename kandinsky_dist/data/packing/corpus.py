@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from kandinsky_dist.data.decode import decode_image, square_view
 from kandinsky_dist.data.manifest import Manifest
-from kandinsky_dist.data.writer import write_shards
+from kandinsky_dist.data.packing.writer import write_shards
 from kandinsky_dist.errors import ConfigError, DataError, DiskFullError
 
 IMAGES_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"

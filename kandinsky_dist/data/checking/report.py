@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from kandinsky_dist.data.captions import Captions, CaptionSource
 from kandinsky_dist.data.catalogue import read_manifest
+from kandinsky_dist.data.checking.report_figures import NUM_NAMED, Report
+from kandinsky_dist.data.checking.report_text import tables_of, to_markdown
+from kandinsky_dist.data.checking.statistics import Histogram, repeats
+from kandinsky_dist.data.checking.survey import Findings, Scope, Surveyor
 from kandinsky_dist.data.decode import Wanted
 from kandinsky_dist.data.manifest import Manifest
-from kandinsky_dist.data.report_figures import NUM_NAMED, Report
-from kandinsky_dist.data.report_text import tables_of, to_markdown
-from kandinsky_dist.data.statistics import Histogram, repeats
-from kandinsky_dist.data.survey import Findings, Scope, Surveyor
 from kandinsky_dist.errors import ConfigError, DataError
 from kandinsky_dist.runtime.disk import write_whole
 
@@ -78,7 +78,7 @@ def check_shards(
     if num_read is not None and num_read < 0:
         raise ConfigError(f"sample={num_read} must be at least 0")
     if out is not None:
-        from kandinsky_dist.data.report_picture import require_matplotlib
+        from kandinsky_dist.data.checking.report_picture import require_matplotlib
 
         require_matplotlib()  # an hour later would be late
     manifest = read_manifest(shards, key="shards")
@@ -133,7 +133,7 @@ def _add(report: Report, findings: Findings, count_tokens: CountTokens | None, l
 
 
 def _write(out: Path, report: Report) -> None:
-    from kandinsky_dist.data.report_picture import draw
+    from kandinsky_dist.data.checking.report_picture import draw
 
     figures = report.figures()
     write_whole(out / "report.json", json.dumps(figures, indent=1) + "\n")

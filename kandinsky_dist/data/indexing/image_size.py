@@ -9,7 +9,7 @@ from typing import BinaryIO, cast
 from PIL import Image
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
-from kandinsky_dist.data.tar_readers import Reader
+from kandinsky_dist.data.indexing.tar_readers import Reader
 
 ORIENTATION = 0x0112
 """EXIF's tag. Source: CIPA DC-008, 4.6.5.1.6."""

@@ -4,13 +4,13 @@ import errno
 from dataclasses import dataclass
 from pathlib import Path
 
+from kandinsky_dist.data.indexing.samples import group_samples, is_image
+from kandinsky_dist.data.indexing.tar_readers import DamagedShardError, Reader, open_reader
+from kandinsky_dist.data.indexing.tarwalk import walk_tar
 from kandinsky_dist.data.locations import base_name
-from kandinsky_dist.data.manifest import Shard
-from kandinsky_dist.data.samples import group_samples, is_image
-from kandinsky_dist.data.shard_index import ShardIndex, read_shard_index, write_shard_index
-from kandinsky_dist.data.tar_readers import DamagedShardError, Reader, open_reader
-from kandinsky_dist.data.tarwalk import walk_tar
-from kandinsky_dist.data.transports import MissingObjectError
+from kandinsky_dist.data.manifest import Shard, row_of
+from kandinsky_dist.data.remote.transports import MissingObjectError
+from kandinsky_dist.data.shard_index import read_shard_index, write_shard_index
 from kandinsky_dist.errors import DISK_FULL, DataError, DiskFullError
 
 
@@ -69,22 +69,6 @@ def index_shard(job: Job) -> Indexed:
         if not job.is_optional:
             raise
         return Indexed(job, is_absent=True)
-
-
-def row_of(index: ShardIndex, tar: str, sidecar: str) -> Shard:
-    """The row of a manifest that a sidecar amounts to.
-
-    Raises:
-        KeyError, ValueError: its metadata are not ours.
-    """
-    return Shard(
-        tar,
-        sidecar,
-        len(index),
-        int(index.metadata["num_bytes"]),
-        index.metadata["fingerprint"],
-        tuple(index.aspect_counts().tolist()),
-    )
 
 
 def _kept(job: Job, reader: Reader) -> Indexed | None:

@@ -1,0 +1,1 @@
+"""`data check`: a corpus in figures, tables and a picture."""

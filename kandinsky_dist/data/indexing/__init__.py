@@ -1,0 +1,1 @@
+"""What is in tars that others wrote: sidecars, manifests, and subsets of them."""
