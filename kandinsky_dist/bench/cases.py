@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from kandinsky_dist.bench import data_report, memory_report
+from kandinsky_dist.bench import data_report, data_resume, memory_report
 from kandinsky_dist.bench.record import Record
 from kandinsky_dist.errors import DataError
 
 REPORTS: dict[str, Callable[[Record], str]] = {
     "memory": memory_report.to_markdown,
     "data": data_report.to_markdown,
+    "data_resume": data_resume.to_markdown,
 }
 
 

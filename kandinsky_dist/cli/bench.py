@@ -81,6 +81,18 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--num-workers", type=int, default=2, help="decoding threads")
     parser.add_argument("--read-ahead-mib", type=int, default=256, help="MiB fetched in advance")
 
+    def resume(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.bench.data_resume import run
+
+        run(arguments.out, num_shards=arguments.num_shards, num_repeats=arguments.repeats)
+
+    parser = command(
+        commands, "resume", resume, "Time to the first batch, by the position where a run goes on."
+    )
+    parser.add_argument("out", type=Path, help="folder for data_resume.json and data_resume.md")
+    parser.add_argument("--num-shards", type=int, default=100_000, help="of 10,000 samples each")
+    parser.add_argument("--repeats", type=int, default=5, help="processes a position; their median counts")
+
     def render(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.cases import to_markdown
 

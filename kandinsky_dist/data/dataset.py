@@ -69,18 +69,18 @@ class ShardDataset:
     def _located(self, lists: Iterable[Sequence[int]]) -> Iterator[tuple[npt.NDArray[np.int64], Places]]:
         """Locates batches, and tells a storage that reads ahead which samples come next.
 
-        It is told by halves of what it may hold: the more it knows at a time, the more neighbours it can
-        fetch at once, and while one half is used up the next one is on its way.
+        It is told by as much at a time as it may hold, when that much is still to come: the more it knows,
+        the more neighbours it can fetch at once, and while one part is used up the next one is on its way.
         """
         manifest = self.order.manifest
         mean_bytes = max(1, int(manifest.num_bytes_S.sum()) // manifest.num_samples)
-        half = self.storage.read_ahead_bytes // 2 // mean_bytes
+        part = self.storage.read_ahead_bytes // mean_bytes
         remaining = iter(lists)
         known: deque[tuple[npt.NDArray[np.int64], Places]] = deque()
         num_known = 0
         while True:
             more: list[Place] = []
-            while num_known <= half and len(more) <= half:
+            while num_known <= part and len(more) <= part:
                 positions = next(remaining, None)
                 if positions is None:
                     break

@@ -21,7 +21,7 @@ from kandinsky_dist.data.plan import Plan, default_chunk_samples
 from kandinsky_dist.data.tables import Place
 from kandinsky_dist.runtime.hashing import Stream, hash_counters
 
-ORDER_VERSION = 2
+ORDER_VERSION = 3
 """Of the rule by which positions become samples: a run is not resumed under another."""
 MIXTURE_PERIOD = 4096
 NUM_NEIGHBOURS = 8

@@ -2,8 +2,8 @@
 
 An epoch lays all chunks (runs of neighbouring samples of a shard) end to end in a random order and cuts the
 result into lanes; position q of the epoch is on lane q mod num_lanes. Each lane is shuffled again inside
-windows of a few chunks. A rank that takes every W-th position so follows num_lanes / W lanes, each of which
-reads its shards front to back, and ranks do not meet in a shard except where two lanes touch.
+windows as long as a chunk. A rank that takes every W-th position so follows num_lanes / W lanes, each of
+which reads its shards front to back, and ranks do not meet in a shard except where two lanes touch.
 
 World size and workers do not appear anywhere in here: they cannot change what is trained on.
 """
@@ -21,8 +21,9 @@ from kandinsky_dist.runtime.hashing import Stream, hash_counters
 Int64s = npt.NDArray[np.int64]
 
 NUM_LANES = 64
-CHUNK_BYTES = 8 * 2**20
-"""One request to an object store: long enough that latency does not count, short enough to be shuffled."""
+CHUNK_BYTES = 2 * 2**20
+"""One request to an object store. Long enough to be worth its cost (a millisecond of a core), and short
+enough that a single rank, which follows every lane, holds all that it is in the middle of in 128 MiB."""
 MAX_CHUNK_SAMPLES = 1024
 CHUNKS_PER_LANE = 8
 MAX_CHUNKS = 2 * 2**20
@@ -62,7 +63,7 @@ class Plan:
         seed: run.seed.
         num_lanes: reading fronts; ranks stay out of each other's shards if the world size divides it.
         chunk_samples: neighbours that are read together; None takes `default_chunk_samples`.
-        window_chunks: chunks over which a lane is shuffled.
+        window_chunks: length in chunks of the windows in which a lane is shuffled.
 
     Raises:
         DataError: no samples at all.
@@ -75,7 +76,7 @@ class Plan:
         seed: int,
         num_lanes: int = NUM_LANES,
         chunk_samples: int | None = None,
-        window_chunks: int = 4,
+        window_chunks: int = 1,
     ) -> None:
         sizes = np.asarray(shard_sizes, np.int64)
         self.num_samples = int(sizes.sum())

@@ -63,3 +63,13 @@ def test_bench_remote(tmp_path):
     page = (tmp_path / "out" / "data_remote.md").read_text()
     assert to_markdown(tmp_path / "out" / "data_remote.json") == page
     assert "times the same shards on a local disk" in page
+
+
+def test_bench_resume(tmp_path):
+    done = command("bench", "resume", tmp_path / "out", "--num-shards", 20, "--repeats", 1)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out" / "data_resume.json").read_text())["rows"]
+    assert [row["position"] for row in rows] == [0, 20_000, 200_000 - 128]
+    assert all(row["first_batch_seconds"] > row["plan_seconds"] > 0 for row in rows)
+    page = (tmp_path / "out" / "data_resume.md").read_text()
+    assert to_markdown(tmp_path / "out" / "data_resume.json") == page

@@ -68,7 +68,7 @@ class RemoteStorage:
         self._objects = _Objects(manifest, cache, fetcher or Fetcher())
         self._manifest = manifest
         self._local = LocalStorage(manifest)
-        # 16 requests at a time are of use only if they fit into what may be held.
+        # So many requests at a time are of use only if they fit into what may be held.
         self._run_bytes = min(MAX_RUN_BYTES, max(MIN_RUN_BYTES, read_ahead_bytes // NUM_THREADS))
         self._finalizer: weakref.finalize | None = None
         self._renew()

@@ -12,7 +12,7 @@ import urllib3
 from kandinsky_dist.errors import DataError
 from kandinsky_dist.optional import require
 
-MAX_CONNECTIONS = 32
+MAX_CONNECTIONS = 64
 """Kept open to one host by a process."""
 AGAIN = "and give the same command again"
 _MAX_ERROR_BYTES = 4096

@@ -75,5 +75,6 @@ def test_a_case_is_shown_by_its_fullest_rank_and_moment_outside_the_step():
     assert [(item["rank"], item["moment"]) for item in fullest(rows)] == [(1, "accumulating")]
 
 
-def test_the_documented_page_is_what_its_record_renders():
-    assert (DOCS / "memory.md").read_text("utf-8") == to_markdown(DOCS / "records" / "memory.json")
+@pytest.mark.parametrize("record", sorted((DOCS / "records").glob("*.json")), ids=lambda path: path.stem)
+def test_every_documented_page_is_what_its_record_renders(record):
+    assert (DOCS / f"{record.stem}.md").read_text("utf-8") == to_markdown(record)

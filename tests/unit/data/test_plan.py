@@ -127,8 +127,8 @@ def test_chunk_length_follows_corpus_size():
         1024,
         4769,
     ]
-    # 8 MiB of 100 KB images; fewer where the corpus is small, more where there would be too many chunks.
-    assert [default_chunk_samples(size, size * 100_000) for size in (10**4, 10**7, 10**9)] == [19, 83, 477]
+    # 2 MiB of 100 KB images; fewer where the corpus is small, more where there would be too many chunks.
+    assert [default_chunk_samples(size, size * 100_000) for size in (10**4, 10**7, 10**9)] == [19, 20, 477]
 
 
 def test_a_billion_samples_stay_small():
