@@ -124,7 +124,7 @@ def to_markdown(record: Record) -> str:
     """The record as a page."""
     setting = record.setting
     how = (
-        f"{setting['num_samples']:,} samples in {setting['num_shards']:,} shards, which are all the same tar: "
+        f"{setting['num_samples']:,} samples in {setting['num_shards']:,} shards, all of them the same tar: "
         "the manifest is as long as that of such a corpus. Each figure is from a process of its own, from "
         f"opening the manifest to the first batch of {setting['batch_size']} decoded pictures; medians. "
         "Memory is what the process's peak grew by.\n"

@@ -73,8 +73,11 @@ def next_from(iterator: Any) -> Any:
     # A death shows as torch's RuntimeError, or as a broken pipe when tensors are fetched from the dead.
     except (RuntimeError, OSError, EOFError) as error:
         workers = list(getattr(iterator, "_workers", ()))
-        # A connection breaks a moment before the process that held it is known to be dead.
-        wait([worker.sentinel for worker in workers], timeout=DEATH_SECONDS)
+        # A connection breaks, and a sentinel too, a moment before the process that held it counts as dead.
+        ended = wait([worker.sentinel for worker in workers], timeout=DEATH_SECONDS)
+        for worker in workers:
+            if worker.sentinel in ended:
+                worker.join(DEATH_SECONDS)
         dead = [worker for worker in workers if not worker.is_alive()]
         if not dead:
             raise

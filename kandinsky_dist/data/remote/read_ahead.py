@@ -38,8 +38,8 @@ class ReadAhead:
     Daemon threads, begun when first needed: a process may end at any time. Not for use after a fork.
 
     Args:
-        max_bytes: begun and not yet let go. A run that is waited for is begun in any case: its reader may be
-            the one who makes room for others.
+        max_bytes: begun and not yet let go. A run that is waited for is begun in any case, one for each
+            reader: it may be the one who makes room for others.
         num_threads: that fetch.
     """
 

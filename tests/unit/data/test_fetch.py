@@ -14,7 +14,7 @@ from kandinsky_dist.data.remote.fetch import Fetcher
 from kandinsky_dist.data.remote.object_stream import Policy
 from kandinsky_dist.errors import ConfigError, DataError
 
-# As patient as the real one, only faster.
+# Less patient than the real one, so that what it gives up is given up soon.
 QUICK = Policy(
     attempts=4,
     base_seconds=0.001,
