@@ -26,7 +26,7 @@ from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.data.tables import Place
 from kandinsky_dist.errors import DataError, SampleError
 
-# Waits as long for an answer as the real one, which a machine under load may need; only its pauses are shorter.
+# Waits for an answer as long as the real one, for machines under load; only its pauses are shorter.
 QUICK = Policy(attempts=3, base_seconds=0.001, cap_seconds=0.01)
 IMPATIENT = Policy(attempts=10, base_seconds=0.001, cap_seconds=0.01, window_seconds=0.25, window_bytes=4096)
 MIB = 2**20
