@@ -30,6 +30,8 @@ _NOT_NEGATIVE = (
     "optim.lr_warmup_steps",
     "optim.weight_decay",
     "optim.max_grad_norm",
+    "parallel.shard_size",
+    "parallel.prefetch_blocks",
     "validation.every_steps",
 )
 _SHARES = ("data.caption_dropout", "data.image_embedding_dropout", "optim.adam_beta1", "optim.adam_beta2")
@@ -51,6 +53,7 @@ def problems(resolved: Resolved, *, world_size: int) -> Iterator[str]:
     yield from _stage_keys(resolved)
     yield from _batch_arithmetic(config, world_size)
     yield from _combinations(resolved)
+    yield from _sharding(resolved, world_size)
     yield from _packages(config)
 
 
@@ -134,6 +137,21 @@ def _combinations(resolved: Resolved) -> Iterator[str]:
     for key in config.run.allow_change:
         if key not in KEYS:
             yield f"run.allow_change lists {key}, which is no key"
+
+
+def _sharding(resolved: Resolved, world_size: int) -> Iterator[str]:
+    parallel = resolved.config.parallel
+    for name in ("shard_size", "reshard_after_forward", "prefetch_blocks"):
+        key = f"parallel.{name}"
+        if parallel.strategy != "fsdp2" and resolved.origins[key] != DEFAULT_ORIGIN:
+            yield f"{key}={getattr(parallel, name)} needs parallel.strategy=fsdp2, it is {parallel.strategy}"
+    if parallel.strategy == "fsdp2" and resolved.origins["parallel.bucket_mib"] != DEFAULT_ORIGIN:
+        yield (
+            f"parallel.bucket_mib={parallel.bucket_mib} does nothing under fsdp2, where each block is a "
+            "bucket: remove it"
+        )
+    if parallel.shard_size > 0 and world_size % parallel.shard_size:
+        yield f"parallel.shard_size={parallel.shard_size} must divide the number of ranks, {world_size}"
 
 
 def _corpus(data: DataConfig) -> Iterator[str]:

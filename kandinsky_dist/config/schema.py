@@ -126,9 +126,17 @@ class OptimConfig:
 class ParallelConfig:
     """How the model is spread over ranks and in which arithmetic it runs."""
 
-    strategy: Literal["ddp", "zero0", "zero1", "zero2", "zero3"] = option("ddp", "engine")
+    strategy: Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"] = option("ddp", "engine")
     precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 on a GPU, fp32 on a CPU")
     bucket_mib: float = option(25.0, "gradient bucket, MiB of the communicated type")
+    shard_size: int = option(
+        0,
+        "fsdp2: neighbouring ranks that share one copy of the weights, e.g. the GPUs of a node; 0: all ranks",
+    )
+    reshard_after_forward: bool = option(
+        True, "fsdp2: let go of a block's gathered weights between forward and backward: less memory"
+    )
+    prefetch_blocks: int = option(1, "fsdp2: blocks whose weights are gathered ahead")
     ds_config: str | None = option(None, "DeepSpeed file in place of ds_configs/<strategy>.json")
     gradient_checkpointing: bool = option(False, "recompute blocks in backward: less memory, more time")
     attention: Literal["sdpa", "xformers"] = option("sdpa", "attention kernels")

@@ -1,11 +1,9 @@
-"""What engines that hold every weight on every rank share: DDP and ZeRO-0.
-
-Weights and moments are fp32; bf16 is autocast. The step guards itself, on the device.
-"""
+"""The guarded step of engines that leave it to us; what those share that hold every weight on every rank."""
 
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kandinsky_dist.optim.adamw import set_learning_rate
@@ -19,16 +17,32 @@ def autocast_forward(module: nn.Module, device: torch.device, precision: torch.d
 
 
 def guard_and_clip(
-    optimizer: torch.optim.AdamW, gradients: Sequence[Tensor], *, learning_rate: float, max_grad_norm: float
+    optimizer: torch.optim.AdamW,
+    gradients: Sequence[Tensor],
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+    shards: dist.ProcessGroup | None = None,
 ) -> StepOutcome:
     """Clips reduced gradients and arms the fused optimizer to skip a non-finite step. No host sync.
 
     The gradients are reduced, so a NaN of any rank is in every rank's norm and all ranks skip alike.
 
+    Args:
+        optimizer: fused; its learning rate is set.
+        gradients: what this rank holds of them.
+        learning_rate: of the step.
+        max_grad_norm: the global norm is clipped to this; 0 does not clip.
+        shards: ranks that together hold all gradients; None where this rank does.
+
     Returns:
         The outcome of the step that `optimizer.step()` will then take.
     """
     grad_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if shards is not None:
+        square = grad_norm.double().square()  # a square may leave fp32
+        dist.all_reduce(square, group=shards)
+        grad_norm = square.sqrt().float()
     if max_grad_norm > 0:
         torch._foreach_mul_(list(gradients), (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
     skipped = (~torch.isfinite(grad_norm)).to(torch.float32)

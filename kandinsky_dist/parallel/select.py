@@ -5,11 +5,13 @@ import torch
 from kandinsky_dist.config.schema import Config
 from kandinsky_dist.parallel.base import Strategy
 from kandinsky_dist.parallel.ddp import DDPStrategy
+from kandinsky_dist.parallel.fsdp2 import FSDP2Strategy
 from kandinsky_dist.parallel.zero import Zero0, Zero3, Zero12
 from kandinsky_dist.runtime.process import Process
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "ddp": DDPStrategy,
+    "fsdp2": FSDP2Strategy,
     "zero0": Zero0,
     "zero1": Zero12,
     "zero2": Zero12,

@@ -16,7 +16,8 @@ SETTINGS = (
     "optim.weight_decay=0.01",
     "objective.snr_gamma=5.0",
 )
-STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
+HYBRID = ("parallel.shard_size=2",)
 
 
 @pytest.fixture(scope="module", params=["prior", "decoder"])
@@ -48,6 +49,23 @@ def test_losses_and_keys_are_those_of_one_process(
     difference = max(abs(a - b) for a, b in zip(losses(tmp_path), losses(reference), strict=True))
     print(f"{stage} {strategy} on {world_size}: largest difference of a loss {difference:.1e}")
     assert difference <= 1e-5
+    assert keys(tmp_path) == keys(reference)
+
+
+def test_copies_of_shards_are_one_process_too(one_process, tiny_models, small_corpus, tmp_path):
+    stage, reference = one_process
+    done = forked.train(
+        stage,
+        *SETTINGS,
+        *HYBRID,
+        models=tiny_models,
+        corpus=small_corpus,
+        run_dir=tmp_path,
+        world_size=4,
+        strategy="fsdp2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert max(abs(a - b) for a, b in zip(losses(tmp_path), losses(reference), strict=True)) <= 1e-5
     assert keys(tmp_path) == keys(reference)
 
 
