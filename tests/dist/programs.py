@@ -1,14 +1,16 @@
 """What the ranks of these tests run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kandinsky_dist.checkpoint.layout import CheckpointReader
+from kandinsky_dist.checkpoint.layout import CheckpointReader, write_fragments
 from kandinsky_dist.config import loader
 from kandinsky_dist.faults.preempt import StopRequest
 from kandinsky_dist.runtime.process import joined
+from kandinsky_dist.train.step import train_step
 from kandinsky_dist.train.trainer import Trainer
 
 
@@ -38,3 +40,33 @@ def frozen_facts(stage: str, settings: dict[str, Any]) -> dict[str, Any]:
 def saved_names(folder: Path) -> set[str]:
     """Parameters that a checkpoint holds."""
     return set(CheckpointReader(folder).numels)
+
+
+def go_on_from(stage: str, settings: dict[str, Any], checkpoints: dict[str, Path], num_steps: int, out: Path) -> None:
+    """Loads one checkpoint after another into one trainer; leaves what it then holds, and its next losses.
+
+    OUT/NAME/rank_*.safetensors are the fragments after loading, OUT/NAME/losses.json the global losses.
+    """
+    with joined() as process:
+        trainer = Trainer(loader.load(stage, None, [loader.Layer("test", settings)]), process, StopRequest())
+        for name, folder in checkpoints.items():
+            (out / name).mkdir(parents=True, exist_ok=True)
+            reader = CheckpointReader(folder)
+            trainer.state = trainer.checkpoints.restore(trainer.strategy, reader)
+            write_fragments(out / name / f"rank_{process.rank:05d}.safetensors", trainer.strategy.fragments())
+            steps, losses = trainer.loader.steps(trainer.state.samples_consumed), []
+            for _ in range(num_steps):
+                loss, _outcome = train_step(
+                    trainer.strategy,
+                    trainer.objective,
+                    trainer.model,
+                    next(steps),
+                    learning_rate=trainer.learning_rate(),
+                )
+                trainer.state.advance(trainer.config.data.global_batch_size)
+                torch.distributed.all_reduce(loss)
+                losses.append(loss.item() / process.world_size)
+            steps.close()
+            if process.is_first:
+                (out / name / "losses.json").write_text(json.dumps(losses))
+        trainer.feed.close()

@@ -9,11 +9,12 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
+from typing import Any
 
 from helpers.command import train_arguments
 from torch.distributed import TCPStore
@@ -58,13 +59,26 @@ def command(
     *words: object, world_size: int = 1, timeout: float = 120, environment: Mapping[str, str] | None = None
 ) -> CompletedProcess[str]:
     """`helpers.command.command`, as `train` above; `environment` is added to that of the fork server."""
+    from kandinsky_dist.cli import main
+
     arguments = [str(word) for word in words]
+    return call(main, arguments, world_size=world_size, timeout=timeout, environment=environment)
+
+
+def call(
+    function: Callable[..., Any],
+    *arguments: Any,
+    world_size: int = 1,
+    timeout: float = 120,
+    environment: Mapping[str, str] | None = None,
+) -> CompletedProcess[str]:
+    """Calls a function of a module's top level on every rank; what it returns is the rank's exit code."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         # A port of the system's choice, held from here on, as torchrun's own store is.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world_size > 1 else None
         ranks = [
-            _start(arguments, folder, rank, world_size, store, environment or {})
+            _start(function, arguments, folder, rank, world_size, store, environment or {})
             for rank in range(world_size)
         ]
         deadline = time.monotonic() + timeout
@@ -81,13 +95,14 @@ def command(
             for name in ("out", "err")
         )
         if is_late:
-            raise TimeoutExpired(arguments, timeout, out, error)
+            raise TimeoutExpired(str(arguments), timeout, out, error)
     codes = [process.exitcode or 0 for process in ranks]
-    return CompletedProcess(arguments, max(codes, key=abs), out, error)
+    return CompletedProcess(str(arguments), max(codes, key=abs), out, error)
 
 
 def _start(
-    arguments: list[str],
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
     folder: Path,
     rank: int,
     world_size: int,
@@ -110,7 +125,7 @@ def _start(
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)  # the server is started with the first process and keeps what it finds
     try:
-        process = context.Process(target=_rank, args=(arguments, environment, folder, rank))
+        process = context.Process(target=_rank, args=(function, arguments, environment, folder, rank))
         process.start()
     finally:
         for name, value in before.items():
@@ -121,12 +136,16 @@ def _start(
     return process
 
 
-def _rank(arguments: list[str], environment: Mapping[str, str], folder: Path, rank: int) -> None:
+def _rank(
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    environment: Mapping[str, str],
+    folder: Path,
+    rank: int,
+) -> None:
     """One rank, in its own process."""
     os.environ.update(environment)
     for descriptor, name in ((1, "out"), (2, "err")):
         file = os.open(folder / f"{name}_{rank}", os.O_WRONLY | os.O_CREAT)
         os.dup2(file, descriptor)
-    from kandinsky_dist.cli import main
-
-    sys.exit(main(arguments))
+    sys.exit(function(*arguments))
