@@ -37,6 +37,8 @@ def accelerate_layer(environ: Mapping[str, str]) -> Layer | None:
     values["parallel.precision"] = _PRECISIONS[precision]
     if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
         values.update(_deepspeed(environ))
+    elif _is_on(environ, "ACCELERATE_USE_FSDP"):
+        values.update(_fsdp(environ))
     elif int(environ.get("WORLD_SIZE", "1")) > 1:
         values["parallel.strategy"] = "ddp"
     return Layer(ORIGIN, values)
@@ -66,18 +68,30 @@ def _deepspeed(environ: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
+def _fsdp(environ: Mapping[str, str]) -> dict[str, Any]:
+    version = environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ConfigError(f"fsdp_version={version} ({ORIGIN}) is not served: set it to 2")
+    if _is_on(environ, "FSDP_OFFLOAD_PARAMS"):
+        raise ConfigError(
+            f"fsdp_offload_params=true ({ORIGIN}) is not served: remove it, or use "
+            "distributed_type DEEPSPEED with ds_configs/zero3_offload.json"
+        )
+    values: dict[str, Any] = {"parallel.strategy": "fsdp2"}
+    if "FSDP_RESHARD_AFTER_FORWARD" in environ:
+        values["parallel.reshard_after_forward"] = _is_on(environ, "FSDP_RESHARD_AFTER_FORWARD")
+    if _is_on(environ, "FSDP_ACTIVATION_CHECKPOINTING"):
+        values["parallel.gradient_checkpointing"] = True
+    return values
+
+
 def _refuse(environ: Mapping[str, str]) -> None:
     for variable, name, instead in (
-        (
-            "ACCELERATE_USE_FSDP",
-            "use_fsdp",
-            "distributed_type DEEPSPEED with zero_stage 3, or MULTI_GPU for DDP",
-        ),
-        ("ACCELERATE_USE_MEGATRON_LM", "use_megatron_lm", "distributed_type DEEPSPEED or MULTI_GPU"),
+        ("ACCELERATE_USE_MEGATRON_LM", "use_megatron_lm", "distributed_type DEEPSPEED, FSDP or MULTI_GPU"),
         (
             "ACCELERATE_USE_PARALLELISM_CONFIG",
             "use_parallelism_config",
-            "distributed_type DEEPSPEED or MULTI_GPU",
+            "distributed_type DEEPSPEED, FSDP or MULTI_GPU",
         ),
     ):
         if _is_on(environ, variable):

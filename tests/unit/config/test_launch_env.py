@@ -13,6 +13,7 @@ from kandinsky_dist.errors import ConfigError
 REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = REPOSITORY / "launch" / "accelerate"
 DDP = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "NO", "WORLD_SIZE": "2"}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_DEEPSPEED": "false"}
 ZERO2 = {
     "ACCELERATE_MIXED_PRECISION": "bf16",
     "ACCELERATE_USE_DEEPSPEED": "true",
@@ -55,6 +56,20 @@ def test_zero_stage_becomes_strategy(stage):
     assert values["parallel.strategy"] == f"zero{stage}"
 
 
+def test_fsdp_2_becomes_its_strategy_and_settings():
+    environ = {**DDP, **FSDP, "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}
+    bf16 = {"parallel.precision": "bf16", "parallel.strategy": "fsdp2"}
+    assert settings(environ) == bf16
+    assert settings({**environ, "FSDP_RESHARD_AFTER_FORWARD": "false"}) == {
+        **bf16,
+        "parallel.reshard_after_forward": False,
+    }
+    assert settings({**environ, "FSDP_ACTIVATION_CHECKPOINTING": "true"}) == {
+        **bf16,
+        "parallel.gradient_checkpointing": True,
+    }
+
+
 def test_deepspeed_file_is_handed_on_and_wins_over_accelerates_own_words(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}))
@@ -93,8 +108,13 @@ def test_gradient_clipping_becomes_max_grad_norm():
 @pytest.mark.parametrize(
     ("variables", "seen", "remedy"),
     [
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "use_fsdp", "zero_stage 3"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "use_fsdp", "MULTI_GPU"),
+        ({**FSDP, "FSDP_VERSION": "1"}, "fsdp_version=1", "set it to 2"),
+        (FSDP, "fsdp_version=1", "set it to 2"),
+        (
+            {**FSDP, "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "fsdp_offload_params",
+            "DEEPSPEED",
+        ),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "use_megatron_lm", "DEEPSPEED"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "use_parallelism_config", "DEEPSPEED"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend=inductor", "no"),
@@ -138,9 +158,9 @@ def test_reads_the_environment_without_torch():
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
 def test_our_files_say_their_strategy_through_accelerates_own_launcher(strategy, tmp_path):
-    if strategy != "ddp":
+    if strategy.startswith("zero"):
         pytest.importorskip("deepspeed")
     printer = tmp_path / "printer.py"
     printer.write_text(
@@ -160,6 +180,8 @@ def test_our_files_say_their_strategy_through_accelerates_own_launcher(strategy,
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert result.returncode == 0, result.stderr
+    expected = {"parallel.precision": "bf16", "parallel.strategy": strategy}
+    if strategy == "fsdp2":
+        expected["parallel.reshard_after_forward"] = True
     for rank in (0, 1):
-        values = settings(json.loads((tmp_path / f"rank{rank}.json").read_text()))
-        assert values == {"parallel.precision": "bf16", "parallel.strategy": strategy}
+        assert settings(json.loads((tmp_path / f"rank{rank}.json").read_text())) == expected
