@@ -1,10 +1,14 @@
 """What the ranks of these tests run."""
 
 import json
+import traceback
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kandinsky_dist.checkpoint.layout import CheckpointReader, write_fragments
 from kandinsky_dist.config import loader
@@ -70,3 +74,45 @@ def go_on_from(stage: str, settings: dict[str, Any], checkpoints: dict[str, Path
             if process.is_first:
                 (out / name / "losses.json").write_text(json.dumps(losses))
         trainer.feed.close()
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts where a tensor's value is read by the host: on a GPU each of these waits for the device."""
+
+    OPERATORS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero, torch.ops.aten.equal)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readers: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.overloadpacket in self.OPERATORS:
+            # Whose code it is: the innermost frame outside torch.
+            frames = [frame for frame in reversed(traceback.extract_stack()) if "/torch/" not in frame.filename]
+            frame = next(frame for frame in frames if not frame.filename.endswith("programs.py"))
+            self.readers[f"{frame.filename}:{frame.lineno}"] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def read_by_the_host(stage: str, settings: dict[str, Any], num_steps: int, out: Path) -> None:
+    """OUT/rank_N.json: who reads how many values in some steps of the loop, log entries and saves aside."""
+    with joined() as process:
+        trainer = Trainer(loader.load(stage, None, [loader.Layer("test", settings)]), process, StopRequest())
+        steps = trainer.loader.steps(0)
+        train = partial(train_step, trainer.strategy, trainer.objective, trainer.model)
+        train(next(steps), learning_rate=1e-3)  # the first one may set things up
+        batches = [next(steps) for _ in range(num_steps)]
+        is_cuda = process.device.type == "cuda"
+        if is_cuda:
+            torch.cuda.set_sync_debug_mode("error")
+        with ScalarReads() as reads:
+            for microbatches in batches:
+                loss, _ = train(microbatches, learning_rate=trainer.learning_rate())
+                trainer.state.advance(trainer.config.data.global_batch_size)
+                trainer.losses.add(loss)
+                trainer.meter.tick()
+        if is_cuda:
+            torch.cuda.set_sync_debug_mode("default")
+        steps.close()
+        trainer.feed.close()
+        (out / f"rank_{process.rank}.json").write_text(json.dumps(reads.readers))
