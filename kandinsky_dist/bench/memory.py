@@ -36,7 +36,7 @@ from kandinsky_dist.runtime.process import Process, joined
 from kandinsky_dist.train.build import prior_schedule
 
 # zero3 last: deepspeed.zero.Init replaces torch's linear function for the rest of the process.
-STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 PRECISIONS = ("fp32", "bf16")
 NUM_MICRO = 2
 BUCKET_MIB = 4.0

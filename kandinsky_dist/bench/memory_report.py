@@ -11,9 +11,10 @@ from kandinsky_dist.bench.textbook import States, bytes_per_parameter
 AT_REST = ("accumulating", "before the step")
 """Moments at which the textbook's states are alive; in the step temporary tensors come on top."""
 
-SHARDED = ("zero1", "zero2", "zero3")
+SHARDED = ("fsdp2", "zero1", "zero2", "zero3")
 FORMULAS = (
     ("ddp, zero0", "4 + 4 + 8", "4 + 4 + 8"),
+    ("fsdp2", "4 + (4 + 8) / N", "4 + (4 + 8) / N"),
     ("zero1", "2 + 2 + (4 + 8) / N", "4 + 4 + (4 + 8) / N"),
     ("zero2", "2 + (2 + 4 + 8) / N", "4 + (4 + 4 + 8) / N"),
     ("zero3", "(2 + 2 + 4 + 8) / N", "(4 + 4 + 4 + 8) / N"),
@@ -25,7 +26,7 @@ Bytes of living tensor storages of one rank out of {world_size}, in MiB, and bes
 [ZeRO](https://arxiv.org/abs/1910.02054), section 3.1. Networks of `--size {size}` with random weights.
 """
 NOTES = """
-**Result.** Under zero1, zero2 and zero3 no measured total is further than {worst} % from its formula.
+**Result.** Under fsdp2, zero1, zero2 and zero3 no measured total is further than {worst} % from its formula.
 
 **Counting.** Every storage once, in the first class that fits: `weights` are what the network computes
 with, `masters` the fp32 copy that AdamW updates, `moments` AdamW's two. A row is the rank that holds most.
@@ -36,6 +37,9 @@ beside fp32 weights too ({master} under zero1), so the fp32 formulas have it.
 
 **ddp, zero0** keep no master copy in either precision (measured: {no_master}). Under bf16 they hold fp32
 weights and gradients and autocast: 4 + 4 + 8, the same sum as the paper's 2 + 2 + 4 + 8.
+
+**fsdp2** holds the gradients of all weights while it accumulates ({accumulating_fsdp} in bf16); after the
+last micro-batch's reduction it keeps its share ({reduced_fsdp}).
 
 **zero1** holds the gradients of all weights only while it accumulates ({accumulating} in bf16); after the
 last reduction it keeps its share ({reduced}).
@@ -190,6 +194,8 @@ def _notes(record: Record) -> str:
         "stage": stage,
         "master": held("zero1", "fp32", "masters"),
         "no_master": held("ddp", "bf16", "masters"),
+        "accumulating_fsdp": held("fsdp2", "bf16", "gradients"),
+        "reduced_fsdp": held("fsdp2", "bf16", "gradients", ["before the step"]),
         "accumulating": held("zero1", "bf16", "gradients"),
         "reduced": held("zero1", "bf16", "gradients", ["before the step"]),
         "straddling": excess("zero2", "fp32", "gradients"),

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 CLASSES = ("weights", "masters", "moments", "gradients", "buckets", "other")
 """A storage of several classes counts in the first: masters that are the weights themselves are weights."""
@@ -74,6 +76,7 @@ def take_snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, device: to
         "gradients": [
             *(item.grad for item in (*parameters, *masters)),
             *(getattr(item, "grad_accum", None) for item in parameters),
+            *_whole_gradients(model),
             *(getattr(wrapper, name, None) for name in _GRADIENT_HOLDERS),
         ],
         "buckets": [getattr(wrapper, name, None) for name in _BUCKET_HOLDERS],
@@ -94,9 +97,20 @@ def _storages(holders: Iterable[Any], device: torch.device) -> Storages:
     return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
 
 
+def _whole_gradients(model: nn.Module) -> Iterator[Tensor | None]:
+    """Gradients that FSDP2 (torch 2.11 to 2.13) has not cut yet, while it accumulates."""
+    for module in model.modules():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        for item in group.fsdp_params if group is not None else ():
+            yield item.unsharded_accumulated_grad
+            yield getattr(getattr(item, "_unsharded_param", None), "grad", None)
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     """Tensors in nested containers and in the plain attributes of what lies in them."""
-    if isinstance(value, Tensor):
+    if isinstance(value, DTensor):
+        yield value.to_local()
+    elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         yield from _tensors(value.values())

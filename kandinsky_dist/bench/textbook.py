@@ -32,16 +32,20 @@ def bytes_per_parameter(strategy: str, precision: str, world_size: int) -> State
     """Model states of one rank by parameter.
 
     In fp32 the same derivation with 4 for 2, under two conditions of what is measured here: DeepSpeed keeps
-    a master copy beside fp32 weights too (stages 1 to 3), and replicated strategies keep none. Under bf16
-    these hold fp32 weights and gradients and autocast: 4 + 4 + 8 where the paper has 2 + 2 + 4 + 8.
+    a master copy beside fp32 weights too (stages 1 to 3), and the other strategies keep none. Under bf16
+    these hold fp32 weights and gradients, and autocast or gather in bf16: 4 + 4 + 8 where the paper has
+    2 + 2 + 4 + 8. fsdp2 cuts weights and moments, and gradients when they are reduced, after accumulation.
 
     Args:
         strategy: as parallel.strategy.
         precision: "bf16" or "fp32".
         world_size: N.
     """
-    if not strategy.startswith("zero") or strategy == "zero0":
-        return States(weights=4.0, gradients=4.0, masters=0.0, moments=_MOMENTS_BYTES)
+    if strategy in ("ddp", "fsdp2", "zero0"):
+        num_shards = world_size if strategy == "fsdp2" else 1
+        return States(
+            weights=4.0 / num_shards, gradients=4.0, masters=0.0, moments=_MOMENTS_BYTES / num_shards
+        )
     low, stage = _LOW_BYTES[precision], int(strategy.removeprefix("zero"))
     return States(
         weights=low / (world_size if stage >= 3 else 1),
