@@ -12,6 +12,9 @@ from kandinsky_dist.config.schema import Config
 from kandinsky_dist.errors import ConfigError
 from kandinsky_dist.optional import require
 
+BUCKET_UNIT = 1024
+"""DeepSpeed wants bucket sizes in elements to be even; a round number of them costs nothing."""
+
 
 def shipped_file(strategy: str) -> Path:
     """`ds_configs/<strategy>.json`, in a wheel inside the package, in a checkout beside it."""
@@ -63,6 +66,7 @@ def complete(config: Config, *, world_size: int, num_micro: int, is_bf16: bool) 
     zero = settings["zero_optimization"]
     # Elements, not bytes: the same bucket in MiB whatever the communicated type.
     num_elements = int(config.parallel.bucket_mib * 2**20) // (2 if is_bf16 else 4)
+    num_elements = max(1, num_elements // BUCKET_UNIT) * BUCKET_UNIT
     zero.setdefault("reduce_bucket_size", num_elements)
     zero.setdefault("allgather_bucket_size", num_elements)
     return settings

@@ -116,3 +116,11 @@ def read_by_the_host(stage: str, settings: dict[str, Any], num_steps: int, out: 
         steps.close()
         trainer.feed.close()
         (out / f"rank_{process.rank}.json").write_text(json.dumps(reads.readers))
+
+
+def train_each(stage: str, cases: list[dict[str, Any]]) -> None:
+    """Trains one run after another in the same processes; what they leave is in their run folders."""
+    with joined() as process:
+        for settings in cases:
+            resolved = loader.load(stage, None, [loader.Layer("test", settings)])
+            Trainer(resolved, process, StopRequest()).run()
