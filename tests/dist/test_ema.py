@@ -26,7 +26,6 @@ SETTINGS = {
     "run.max_steps": NUM_STEPS,
     "checkpoint.every_steps": SAVED_AT,
     "data.global_batch_size": 12,
-    "data.micro_batch_size": 1,
     "optim.ema_decay": DECAYS,
     "validation.every_steps": 2,
     "validation.num_samples": 12,
@@ -79,7 +78,13 @@ def run(settings, tmp_path_factory):
 
     def record(strategy: str, world_size: int, *, bad_step: int = BAD_STEP, **changed: Any) -> Recorded:
         folder = tmp_path_factory.mktemp(strategy)
-        asked = {**settings, "parallel.strategy": strategy, "run.dir": str(folder / "run"), **changed}
+        asked = {
+            **settings,
+            "parallel.strategy": strategy,
+            "run.dir": str(folder / "run"),
+            "data.micro_batch_size": SETTINGS["data.global_batch_size"] // (2 * world_size),
+            **changed,
+        }
         done = forked.call(recorded, "prior", asked, bad_step, folder, world_size=world_size, timeout=400)
         assert done.returncode == 0, done.stderr[-3000:]
         return Recorded(folder / "run", folder, done.stderr)
@@ -182,7 +187,10 @@ def test_every_rank_validates_the_whole_average(engine, by_engine, evaluated_exp
     last = metrics(by_engine(engine).run_dir)[-1]
     tolerance = 3e-2 if "bf16" in engine else 1e-5
     assert last["validation_loss_ema"] == pytest.approx(evaluated_export, rel=tolerance)
-    assert abs(last["validation_loss"] - evaluated_export) > 1e-3 * evaluated_export, "it compares nothing"
+    is_off, is_off_without = (
+        abs(last[name] - evaluated_export) for name in ("validation_loss_ema", "validation_loss")
+    )
+    assert is_off < 0.5 * is_off_without, "the figure is rather that of the weights"
 
 
 def test_an_average_outlives_another_strategy_at_another_world_size(by_engine, run):
