@@ -1,5 +1,6 @@
 """From a run's checkpoint to what diffusers loads: a pipeline folder, or an adapter folder for LoRA runs."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ from torch import Tensor
 
 from kandinsky_dist.checkpoint.layout import COMMIT, CONFIG, CheckpointReader, damage
 from kandinsky_dist.checkpoint.manager import newest_whole
-from kandinsky_dist.errors import CheckpointError
+from kandinsky_dist.errors import CheckpointError, ConfigError
 from kandinsky_dist.models.load import ModelSource, pipeline_folder
 from kandinsky_dist.models.lora import adapter_shapes, save_adapters
 from kandinsky_dist.models.pipeline import STAGES, write_pipeline
+from kandinsky_dist.optim.ema import decays_among, kind_of
 
 
-def export(run: Path, out: Path) -> Path:
+def export(run: Path, out: Path, *, ema: str | None = None) -> str:
     """Writes the newest whole checkpoint of a run, or one checkpoint folder, for inference.
 
     The networks that were not trained are copied from the pipeline that the run started from. Runs on one
@@ -23,23 +25,47 @@ def export(run: Path, out: Path) -> Path:
     Args:
         run: run folder or checkpoint folder.
         out: folder to make.
+        ema: decay of the average to take in place of the weights, or "none"; None takes that with the largest
+            decay, and the weights where there is no average.
 
     Returns:
-        The checkpoint that was exported.
+        Which checkpoint and which of its weights were taken, one line.
 
     Raises:
         CheckpointError: there is no whole checkpoint.
-        ConfigError: the pipeline that the run started from is gone.
+        ConfigError: the pipeline that the run started from is gone, or there is no such average.
     """
     folder = _checkpoint_folder(run)
     config = yaml.safe_load((folder / CONFIG).read_text())
     source = trained_source(config)
     reader = CheckpointReader(folder)
+    decay = _chosen_decay(reader, ema)
+    kind = "master" if decay is None else kind_of(decay)
     if config["model"]["variant"] == "lora":
-        save_adapters(source, config["model"]["lora_rank"], _adapters(source, reader, config), out)
+        save_adapters(source, config["model"]["lora_rank"], _adapters(source, reader, kind, config), out)
     else:
-        write_pipeline(source.folder, source.component, _full_weights(source, reader), out)
-    return folder
+        write_pipeline(source.folder, source.component, _full_weights(source, reader, kind), out)
+    if decay is not None:
+        return f"exported {folder.name}: the average with decay {decay}"
+    reason = ", for it has no average of them" if ema is None else ""
+    return f"exported {folder.name}: the weights as trained{reason}"
+
+
+def _chosen_decay(reader: CheckpointReader, ema: str | None) -> float | None:
+    saved = decays_among(reader.kinds)
+    if ema is None:
+        return saved[-1] if saved else None
+    if ema == "none":
+        return None
+    with suppress(ValueError):
+        if float(ema) in saved:
+            return float(ema)
+    if not saved:
+        raise ConfigError(f"--ema={ema}: {reader.folder} has no average of the weights: leave --ema out")
+    raise ConfigError(
+        f"--ema={ema}: {reader.folder} has averages with decay {', '.join(map(str, saved))}: name one, "
+        "or none for the weights as trained"
+    )
 
 
 def trained_source(config: dict[str, Any]) -> ModelSource:
@@ -66,7 +92,7 @@ def _checkpoint_folder(run: Path) -> Path:
     return folder
 
 
-def _full_weights(source: ModelSource, reader: CheckpointReader) -> dict[str, Tensor]:
+def _full_weights(source: ModelSource, reader: CheckpointReader, kind: str) -> dict[str, Tensor]:
     """The network's weights, trained ones from the checkpoint, frozen ones as they were."""
     weights = dict(source.state_dict())
     for name, numel in reader.numels.items():
@@ -74,13 +100,14 @@ def _full_weights(source: ModelSource, reader: CheckpointReader) -> dict[str, Te
             raise CheckpointError(
                 f"the checkpoint's {name} ({numel} values) is not a weight of {source.path}"
             )
-        weights[name] = reader.read(name, "master", 0, numel).view(weights[name].shape)
+        weights[name] = reader.read(name, kind, 0, numel).view(weights[name].shape)
     return weights
 
 
-def _adapters(source: ModelSource, reader: CheckpointReader, config: dict[str, Any]) -> dict[str, Tensor]:
+def _adapters(
+    source: ModelSource, reader: CheckpointReader, kind: str, config: dict[str, Any]
+) -> dict[str, Tensor]:
     shapes = adapter_shapes(source, config["model"]["lora_rank"])
     return {
-        name: reader.read(name, "master", 0, numel).view(shapes[name])
-        for name, numel in reader.numels.items()
+        name: reader.read(name, kind, 0, numel).view(shapes[name]) for name, numel in reader.numels.items()
     }

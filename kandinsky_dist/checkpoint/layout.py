@@ -1,7 +1,8 @@
 """What a checkpoint folder holds, and how any range of any parameter is read back from it.
 
     step_00001000/
-      rank_00000.safetensors   this rank's fragments, each a 1-D fp32 tensor "NAME@START/KIND"
+      rank_00000.safetensors   this rank's fragments, each a 1-D fp32 tensor "NAME@START/KIND"; kinds are
+                               master, exp_avg, exp_avg_sq, and ema_DECAY for each average of the weights
       state.json               step, samples_consumed, identity of the run, versions
       config.yaml              the resolved configuration
       COMMIT                   size and sha256 of every file; written last
@@ -39,13 +40,15 @@ class RunState:
     """Where a run stands. Data order, noise and learning rate follow from `step` and `samples_consumed`.
 
     `pending_losses` are the global losses of steps since the last log entry, so that a resumed run's next
-    entry is the mean over the same steps; `num_bad_samples` counts those that were replaced so far.
+    entry is the mean over the same steps; `num_bad_samples` counts those that were replaced so far;
+    `num_averaged` the steps that are in each average of the weights, by its kind.
     """
 
     step: int = 0
     samples_consumed: int = 0
     pending_losses: list[float] = field(default_factory=list)
     num_bad_samples: int = 0
+    num_averaged: dict[str, int] = field(default_factory=dict)
 
     def advance(self, num_samples: int) -> None:
         """Counts one optimizer step."""
@@ -67,14 +70,21 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def write_fragments(path: Path, fragments: Sequence[Fragment]) -> None:
-    """Writes one rank's fragments, durable on return."""
+def write_fragments(
+    path: Path, fragments: Sequence[Fragment], extra: Mapping[str, Sequence[Tensor]] | None = None
+) -> None:
+    """Writes one rank's fragments, durable on return.
+
+    Args:
+        path: the rank's file.
+        fragments: what the rank owns.
+        extra: further kind -> one 1-D tensor for each fragment, of the same range of the parameter.
+    """
+    kinds = {kind: [getattr(fragment, kind) for fragment in fragments] for kind in FRAGMENT_KINDS}
     tensors = {
-        f"{fragment.name}@{fragment.start}/{kind}": getattr(fragment, kind)
-        .to("cpu", torch.float32)
-        .contiguous()
-        for fragment in fragments
-        for kind in FRAGMENT_KINDS
+        f"{fragment.name}@{fragment.start}/{kind}": tensor.to("cpu", torch.float32).contiguous()
+        for kind, held in (kinds | dict(extra or {})).items()
+        for fragment, tensor in zip(fragments, held, strict=True)
     }
     numels = {fragment.name: fragment.numel for fragment in fragments}
     save_file(tensors, path, metadata={"numels": json.dumps(numels)})
@@ -127,6 +137,7 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.numels: dict[str, int] = {}
+        self.kinds: set[str] = set()
         pieces: defaultdict[str, list[tuple[int, Path]]] = defaultdict(list)
         for path in sorted(folder.glob("rank_*.safetensors")):
             try:
@@ -134,6 +145,7 @@ class CheckpointReader:
                     self.numels.update(json.loads(file.metadata()["numels"]))
                     for key in file.keys():  # noqa: SIM118 - not a mapping
                         label, _, kind = key.rpartition("/")
+                        self.kinds.add(kind)
                         if kind == FRAGMENT_KINDS[0]:
                             name, _, start = label.rpartition("@")
                             pieces[name].append((int(start), path))

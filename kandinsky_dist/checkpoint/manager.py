@@ -3,10 +3,12 @@
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from kandinsky_dist.checkpoint.layout import (
     COMMIT,
@@ -86,8 +88,15 @@ class CheckpointManager:
         self._identity = identity
         self._config_yaml = config_yaml
 
-    def save(self, strategy: Strategy, state: RunState) -> Path:
+    def save(
+        self, strategy: Strategy, state: RunState, extra: Mapping[str, Sequence[Tensor]] | None = None
+    ) -> Path:
         """Writes a checkpoint of this step. Collective: call on every rank.
+
+        Args:
+            strategy: whose fragments are saved.
+            state: where the run stands.
+            extra: further kind -> one tensor for each of the strategy's fragments.
 
         Raises:
             CheckpointError: a rank could not write (named); the run's older checkpoints are untouched.
@@ -99,7 +108,7 @@ class CheckpointManager:
         name = f"rank_{self._process.rank:05d}.safetensors"
 
         def write() -> dict[str, Any]:
-            write_fragments(temporary / name, strategy.fragments())
+            write_fragments(temporary / name, strategy.fragments(), extra)
             return checksum(temporary / name)
 
         try:

@@ -50,13 +50,19 @@ def add_export(commands: Any) -> None:
     def run(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.checkpoint.export import export
 
-        export(arguments.checkpoint, arguments.out)
+        say(export(arguments.checkpoint, arguments.out, ema=arguments.ema))
 
     parser = command(
         commands, "export", run, "Writes a run's newest whole checkpoint as a diffusers pipeline folder."
     )
     parser.add_argument("checkpoint", metavar="RUN", type=Path, help="run folder, or one checkpoint folder")
     parser.add_argument("out", type=Path, help="folder to make")
+    parser.add_argument(
+        "--ema",
+        metavar="DECAY",
+        help="average of the weights to take, by its decay; none: the weights as trained (default: that "
+        "with the largest decay, and the weights where there is none)",
+    )
 
 
 def add_generate(commands: Any) -> None:

@@ -85,6 +85,12 @@ def _ranges(config: Config) -> Iterator[str]:
         for key in keys:
             if not holds(config.get(key)):
                 yield f"{key}={config.get(key)} must be {rule}"
+    decays = config.optim.ema_decay
+    for decay in decays:
+        if not 0 < decay < 1:
+            yield f"optim.ema_decay={decay} must be above 0 and below 1; [] keeps no average"
+    if len(set(decays)) < len(decays):
+        yield f"optim.ema_decay={list(decays)} must not list a decay twice"
     if config.objective.snr_gamma is not None and config.objective.snr_gamma <= 0:
         yield f"objective.snr_gamma={config.objective.snr_gamma} must be above 0, or null for no weighting"
 

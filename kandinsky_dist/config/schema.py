@@ -120,6 +120,11 @@ class OptimConfig:
         0.0, "decoupled decay of matrices and kernels (never norms, biases, statistics)"
     )
     max_grad_norm: float = option(1.0, "global gradient norm is clipped to this; 0 does not clip")
+    ema_decay: tuple[float, ...] = option(
+        (),
+        "decays of moving averages of the weights, e.g. 0.9999 or [0.999,0.9999]; each takes 4 bytes a "
+        "trained value, divided over the ranks",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

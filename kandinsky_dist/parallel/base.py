@@ -106,6 +106,13 @@ class Strategy(ABC):
     def load_fragments(self, source: FragmentSource, *, num_steps: int) -> None:
         """Restores weights, moments and the optimizer's step count. Collective."""
 
+    @abstractmethod
+    def publish(self) -> None:
+        """Brings the weights that forward reads, on every rank, up to the owned masters. Collective.
+
+        For masters that were changed in place between two steps.
+        """
+
     def copy_from(self, source: FragmentSource, held: Sequence[Fragment]) -> None:
         """Fills live fragments from a source."""
         for fragment in held:

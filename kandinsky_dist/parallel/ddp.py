@@ -16,6 +16,7 @@ from kandinsky_dist.parallel.base import (
     load_initial,
 )
 from kandinsky_dist.parallel.replicated import autocast_forward, guard_and_clip, owned_share, whole_fragments
+from kandinsky_dist.parallel.shares import gather_shares
 
 
 class DDPStrategy(Strategy):
@@ -70,3 +71,7 @@ class DDPStrategy(Strategy):
         """Every rank reads everything: it holds everything."""
         self.copy_from(source, whole_fragments(self._named, self._optimizer))
         set_step_count(self._optimizer, num_steps)
+
+    def publish(self) -> None:
+        """Every rank's share of each parameter, to all."""
+        gather_shares([item.detach().view(-1) for _, item in self._named])

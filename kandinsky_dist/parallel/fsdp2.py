@@ -20,6 +20,7 @@ from kandinsky_dist.parallel.base import (
     load_initial,
 )
 from kandinsky_dist.parallel.replicated import guard_and_clip
+from kandinsky_dist.parallel.shares import gather_shares
 
 
 class FSDP2Strategy(Strategy):
@@ -94,6 +95,14 @@ class FSDP2Strategy(Strategy):
         """Every rank reads the rows that it holds."""
         self.copy_from(source, self._held())
         set_step_count(self._optimizer, num_steps)
+        self.publish()
+
+    def publish(self) -> None:
+        """Shards to all copies of them. What is gathered is let go, for it is of the weights before."""
+        gather_shares([item.master for item in self._held()], self._mesh.get_group("copy"))
+        for unit in self._module.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()
 
     def _held(self) -> list[Fragment]:
         """All rows in this rank's memory."""

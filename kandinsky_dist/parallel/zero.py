@@ -19,6 +19,7 @@ from kandinsky_dist.parallel.base import (
     load_initial,
 )
 from kandinsky_dist.parallel.replicated import autocast_forward, guard_and_clip, owned_share, whole_fragments
+from kandinsky_dist.parallel.shares import gather_shares
 
 
 class ZeroStrategy(Strategy):
@@ -91,15 +92,11 @@ class ZeroStrategy(Strategy):
         """Fills this rank's masters and moments, then the weights of all ranks from them."""
         self.copy_from(source, self._held())
         set_step_count(self._adamw, num_steps)
-        self._publish()
+        self.publish()
 
     def _held(self) -> Sequence[Fragment]:
         """All that is in this rank's memory; what it owns, unless the stage replicates."""
         return self.fragments()
-
-    def _publish(self) -> None:
-        """Brings the weights that forward reads up to the masters. Collective."""
-        raise NotImplementedError
 
     def _fragment(
         self, name: str, start: int, stop: int, numel: int, master: Tensor, offset: int
@@ -138,8 +135,9 @@ class Zero0(ZeroStrategy):
     def _held(self) -> Sequence[Fragment]:
         return whole_fragments(self._named, self._adamw)
 
-    def _publish(self) -> None:
-        """Nothing: the masters are the weights."""
+    def publish(self) -> None:
+        """Every rank's share of each parameter, to all."""
+        gather_shares([item.detach().view(-1) for _, item in self._named])
 
 
 class Zero12(ZeroStrategy):
@@ -161,7 +159,8 @@ class Zero12(ZeroStrategy):
                 found.append(self._fragment(name, inside.start, stop, parameter.numel(), master, flat.start))
         return found
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Every partition in the precision of the engine, to all."""
         self._engine.optimizer.update_lp_params()
 
 
@@ -198,7 +197,8 @@ class Zero3(ZeroStrategy):
                 found.append(self._fragment(name, start, stop, numel, master, offset))
         return found
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Slices in the precision of the engine; small parameters, which every rank keeps whole, to all."""
         optimizer = self._engine.optimizer
         optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):

@@ -28,7 +28,7 @@ from kandinsky_dist.runtime.process import Process
 from kandinsky_dist.telemetry.meter import Meter
 from kandinsky_dist.telemetry.progress import Progress
 from kandinsky_dist.telemetry.sinks import AuditLog, BadSampleLog, Sink, open_sinks
-from kandinsky_dist.train import build, corpora
+from kandinsky_dist.train import average, build, corpora
 from kandinsky_dist.train.cost import flops_per_sample
 from kandinsky_dist.train.evaluate import evaluate
 from kandinsky_dist.train.feed import Feed, StepData
@@ -75,6 +75,7 @@ class Trainer:
                 config, folders.prior, held_out, process, is_training=False
             )
         self.state = self.checkpoints.restore(self.strategy, checkpoint)
+        self.ema = average.restored(self.strategy, checkpoint, process)
         self.saved_step = self.state.step
         self.losses = LossWindow(self.state.pending_losses)
         self.feed = Feed(self.loader.steps(self.state.samples_consumed), stop)
@@ -112,6 +113,7 @@ class Trainer:
                 loss, outcome = train_step(
                     self.strategy, self.objective, self.model, microbatches, learning_rate=rate
                 )
+                self.ema.update(outcome.skipped)
                 self.state.advance(config.data.global_batch_size)
                 self.losses.add(loss)
                 self.meter.tick()
@@ -195,9 +197,7 @@ class Trainer:
         entry |= self.meter.report(waited)
         if self.validation and self.is_due(self.config.validation.every_steps):
             with self.meter.pause():
-                entry |= evaluate(
-                    self.model, self.objective, self.validation, self.config.validation.num_samples
-                )
+                entry |= average.with_average(self.ema, self.strategy, self.evaluate)
         if self.num_samples is not None:
             entry["epoch"] = self.state.samples_consumed / self.num_samples
         entry["bad_samples"] = self.state.num_bad_samples
@@ -207,11 +207,17 @@ class Trainer:
             self.state.step, loss=entry["loss"], samples_per_second=entry.get("samples_per_second")
         )
 
+    def evaluate(self) -> dict[str, float]:
+        """Held-out figures of the weights as they are. Collective: call on every rank."""
+        assert self.validation is not None
+        return evaluate(self.model, self.objective, self.validation, self.config.validation.num_samples)
+
     def save(self) -> None:
         """Writes a checkpoint. Collective: call on every rank."""
         with self.meter.pause():
             self.state.pending_losses = self.losses.read()
-            self.checkpoints.save(self.strategy, self.state)
+            self.state.num_averaged = self.ema.num_updates()
+            self.checkpoints.save(self.strategy, self.state, self.ema.tensors())
         self.saved_step = self.state.step
 
     def write_bad_samples(self, found: Sequence[BadSample]) -> None:

@@ -124,6 +124,8 @@ def test_every_recipe_loads_for_its_stage(name):
         ("run.allow_change", "run.seed,data.shards", ("run.seed", "data.shards")),
         ("run.allow_change", "[]", ()),
         ("telemetry.report_to", "tensorboard", ("tensorboard",)),
+        ("optim.ema_decay", "0.9999", (0.9999,)),
+        ("optim.ema_decay", "[0.999,0.9999]", (0.999, 0.9999)),
     ],
 )
 def test_command_line_words_become_the_declared_type(key, text, value):
@@ -137,7 +139,7 @@ def test_yaml_values_become_the_declared_type(tmp_path):
     path = tmp_path / "mine.yaml"
     # YAML 1.1 reads 1e-4 as text, for want of a dot.
     path.write_text(
-        "optim: {learning_rate: 1e-4, weight_decay: 0}\n"
+        "optim: {learning_rate: 1e-4, weight_decay: 0, ema_decay: 0.999}\n"
         "data: {shards: null, audit: true, num_workers: 4.0}\n"
         "objective: {snr_gamma: 5}\n"
         "telemetry: {report_to: []}\n"
@@ -145,6 +147,7 @@ def test_yaml_values_become_the_declared_type(tmp_path):
     config = resolve(source=str(path)).config
     assert (config.optim.learning_rate, config.optim.weight_decay) == (1e-4, 0.0)
     assert type(config.optim.weight_decay) is float
+    assert config.optim.ema_decay == (0.999,)
     assert (config.data.shards, config.data.audit, config.data.num_workers) == (None, True, 4)
     assert type(config.data.num_workers) is int
     assert config.objective.snr_gamma == 5.0
