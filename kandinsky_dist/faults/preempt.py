@@ -13,11 +13,16 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._signal: int | None = None
+        self._is_asked_inside = False
 
     @property
     def is_made(self) -> bool:
-        """Whether a stop signal has come."""
-        return self._signal is not None
+        """Whether a stop signal has come, or this process has asked itself to stop."""
+        return self._signal is not None or self._is_asked_inside
+
+    def make(self) -> None:
+        """Asks for a stop from inside, as a signal does from outside; from any thread."""
+        self._is_asked_inside = True
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:

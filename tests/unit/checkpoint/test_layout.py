@@ -9,7 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kandinsky_dist.checkpoint.layout import COMMIT, CheckpointReader, checksum, damage, write_fragments
+from kandinsky_dist.checkpoint.layout import (
+    COMMIT,
+    CONFIG,
+    STATE,
+    CheckpointReader,
+    RankTensors,
+    checksum,
+    damage,
+    write_tensors,
+)
 from kandinsky_dist.checkpoint.manager import newest_whole
 from kandinsky_dist.errors import CheckpointError
 from kandinsky_dist.parallel.base import FRAGMENT_KINDS, Fragment
@@ -22,7 +31,8 @@ def write(folder, values, cuts):
     random.Random(0).shuffle(pieces)
     for rank, (start, stop) in enumerate(pieces):
         parts = [values[start:stop] + kind for kind in range(len(FRAGMENT_KINDS))]
-        write_fragments(folder / f"rank_{rank:05d}.safetensors", [Fragment("w", start, len(values), *parts)])
+        saved = RankTensors.of([Fragment("w", start, len(values), *parts)])
+        write_tensors(folder / f"rank_{rank:05d}.safetensors", saved)
 
 
 @settings(max_examples=30, deadline=None)
@@ -52,7 +62,9 @@ def test_a_missing_piece_is_an_error_and_not_zeros(tmp_path):
 
 def committed(folder, values=(1.0, 2.0)):
     folder.mkdir(parents=True)
-    write(folder, torch.tensor(values), [])
+    write(folder, torch.tensor(values), [1])
+    (folder / STATE).write_text("{}")
+    (folder / CONFIG).write_text("{}")
     files = {path.name: checksum(path) for path in folder.iterdir()}
     (folder / COMMIT).write_text(json.dumps({"files": files}))
     return folder
