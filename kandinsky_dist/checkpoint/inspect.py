@@ -1,11 +1,9 @@
 """What a run has saved, for people."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from kandinsky_dist.checkpoint.layout import COMMIT, damage, read_state
-from kandinsky_dist.checkpoint.manager import checkpoints_of
+from kandinsky_dist.checkpoint.layout import COMMIT, checkpoints_of, damage, promised_files, read_state
 from kandinsky_dist.errors import CheckpointError
 
 
@@ -29,8 +27,12 @@ def describe(run_dir: Path, *, is_deep: bool) -> Iterator[str]:
         if reason:
             yield f"{folder.name}  not whole: {reason}"
             continue
-        num_bytes = sum(item["bytes"] for item in json.loads((folder / COMMIT).read_text())["files"].values())
-        state = read_state(folder).run
+        try:
+            num_bytes = sum(item["bytes"] for item in promised_files(folder).values())
+            state = read_state(folder).run
+        except (OSError, ValueError, KeyError, TypeError):
+            yield f"{folder.name}  not whole: {damage(folder)}"
+            continue
         word = "whole" if is_deep else "finished"
         yield f"{folder.name}  {state.samples_consumed:,} samples  {num_bytes / 2**20:,.1f} MiB  {word}"
     if num_damaged and is_deep:

@@ -33,6 +33,8 @@ from kandinsky_dist.runtime.disk import sync, write_whole
 COMMIT = "COMMIT"
 STATE = "state.json"
 CONFIG = "config.yaml"
+TEMPORARY = ".tmp"
+"""Ends the name of a folder that is being written."""
 
 
 @dataclass
@@ -70,24 +72,44 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def write_fragments(
-    path: Path, fragments: Sequence[Fragment], extra: Mapping[str, Sequence[Tensor]] | None = None
-) -> None:
-    """Writes one rank's fragments, durable on return.
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first, whole or not."""
+    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
-    Args:
-        path: the rank's file.
-        fragments: what the rank owns.
-        extra: further kind -> one 1-D tensor for each fragment, of the same range of the parameter.
-    """
-    kinds = {kind: [getattr(fragment, kind) for fragment in fragments] for kind in FRAGMENT_KINDS}
-    tensors = {
-        f"{fragment.name}@{fragment.start}/{kind}": tensor.to("cpu", torch.float32).contiguous()
-        for kind, held in (kinds | dict(extra or {})).items()
-        for fragment, tensor in zip(fragments, held, strict=True)
-    }
-    numels = {fragment.name: fragment.numel for fragment in fragments}
-    save_file(tensors, path, metadata={"numels": json.dumps(numels)})
+
+@dataclass(frozen=True)
+class RankTensors:
+    """What one rank saves: tensors by their name in its file, and the sizes of the parameters they are of."""
+
+    tensors: Mapping[str, Tensor]
+    numels: Mapping[str, int]
+
+    @classmethod
+    def of(
+        cls, fragments: Sequence[Fragment], extra: Mapping[str, Sequence[Tensor]] | None = None
+    ) -> "RankTensors":
+        """A rank's fragments, live and not copied.
+
+        Args:
+            fragments: what the rank owns.
+            extra: further kind -> one 1-D tensor for each fragment, with the same values' range.
+        """
+        kinds = {kind: [getattr(item, kind) for item in fragments] for kind in FRAGMENT_KINDS}
+        return cls(
+            {
+                f"{item.name}@{item.start}/{kind}": tensor
+                for kind, parallel in (kinds | dict(extra or {})).items()
+                for item, tensor in zip(fragments, parallel, strict=True)
+            },
+            {item.name: item.numel for item in fragments},
+        )
+
+
+def write_tensors(path: Path, saved: RankTensors) -> None:
+    """Writes one rank's file, durable on return."""
+    tensors = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in saved.tensors.items()}
+    save_file(tensors, path, metadata={"numels": json.dumps(saved.numels)})
     sync(path)
 
 
@@ -111,14 +133,32 @@ def checksum(path: Path) -> dict[str, Any]:
         }
 
 
+def promised_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """What COMMIT says: file name -> what `checksum` found when it was written.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        ValueError: it is damaged.
+    """
+    try:
+        found = json.loads((folder / COMMIT).read_text())["files"]
+        return {name: {"bytes": item["bytes"], "sha256": item["sha256"]} for name, item in found.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / COMMIT} lacks {error}") from error
+
+
 def damage(folder: Path) -> str | None:
     """Why a folder is not a whole checkpoint, or None if it is one. Reads every byte."""
     try:
-        promised = json.loads((folder / COMMIT).read_text())["files"]
+        promised = promised_files(folder)
     except FileNotFoundError:
         return f"no {COMMIT}: it was never finished"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return f"{COMMIT} is unreadable"
+    # The reader takes every rank's file that is there, so each must have been promised.
+    for name in sorted({STATE, CONFIG, *(path.name for path in folder.glob("rank_*.safetensors"))}):
+        if name not in promised:
+            return f"{name} is not in {COMMIT}"
     for name, expected in promised.items():
         try:
             found = checksum(folder / name)

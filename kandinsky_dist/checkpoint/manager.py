@@ -1,36 +1,31 @@
-"""Saving and restoring a run: atomic, checked, agreed on all ranks."""
+"""Saving and restoring a run, on all ranks alike."""
 
-import importlib.metadata
-import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from kandinsky_dist.checkpoint.background import Background
 from kandinsky_dist.checkpoint.layout import (
     COMMIT,
-    CONFIG,
-    STATE,
+    TEMPORARY,
     CheckpointReader,
+    RankTensors,
     RunState,
-    SavedState,
-    checksum,
+    checkpoints_of,
     damage,
-    folder_name,
-    write_fragments,
-    write_state,
 )
+from kandinsky_dist.checkpoint.snapshot import Staging
+from kandinsky_dist.checkpoint.writer import Writer
 from kandinsky_dist.errors import CheckpointError, ConfigError
 from kandinsky_dist.parallel.base import Strategy
 from kandinsky_dist.runtime import agree
-from kandinsky_dist.runtime.disk import sync, write_whole
 from kandinsky_dist.runtime.logs import say
 from kandinsky_dist.runtime.process import Process
-
-_VERSIONED = ("kandinsky-dist", "torch", "diffusers", "transformers", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -41,19 +36,14 @@ class Found:
     passed_over: tuple[str, ...]
 
 
-def checkpoints_of(folder: Path) -> list[Path]:
-    """Checkpoint folders of a run, newest first, whole or not."""
-    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
-
-
 def newest_whole(folder: Path) -> Found:
     """Looks from the newest checkpoint down until one is whole.
 
     Raises:
         CheckpointError: none is whole although one had been finished: starting anew would hide the loss.
     """
-    passed_over: list[str] = []
+    unfinished = sorted(folder.glob(f"step_*{TEMPORARY}"), reverse=True)
+    passed_over = [f"{path}: its writing was cut off" for path in unfinished]
     was_finished = False
     for path in checkpoints_of(folder):
         reason = damage(path)
@@ -77,21 +67,40 @@ class CheckpointManager:
         keep: how many whole checkpoints stay, at least 2.
         identity: configuration key -> value or fingerprint that a resumed run must share.
         config_yaml: the resolved configuration.
+        is_async: `save` returns when its tensors are copied, and they are written beside training.
+        on_failure: called as soon as what is written beside training has failed, from another thread.
     """
 
     def __init__(
-        self, run_dir: Path, process: Process, *, keep: int, identity: Mapping[str, Any], config_yaml: str
+        self,
+        run_dir: Path,
+        process: Process,
+        *,
+        keep: int,
+        identity: Mapping[str, Any],
+        config_yaml: str,
+        is_async: bool,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = run_dir / "checkpoints"
         self._process = process
-        self._keep = keep
         self._identity = identity
-        self._config_yaml = config_yaml
+        self._writer = Writer(self._folder, process, keep=keep, identity=identity, config_yaml=config_yaml)
+        self._staging = Staging() if is_async else None
+        self._background = Background(on_failure)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written beside training."""
+        return self._background.is_busy
 
     def save(
         self, strategy: Strategy, state: RunState, extra: Mapping[str, Sequence[Tensor]] | None = None
-    ) -> Path:
-        """Writes a checkpoint of this step. Collective: call on every rank.
+    ) -> None:
+        """Saves this step, after the save before it is done. Collective: call on every rank.
+
+        The caller may change tensors and state at once. Where the manager is asynchronous, `finish` tells
+        whether the checkpoint was written.
 
         Args:
             strategy: whose fragments are saved.
@@ -99,29 +108,32 @@ class CheckpointManager:
             extra: further kind -> one tensor for each of the strategy's fragments.
 
         Raises:
-            CheckpointError: a rank could not write (named); the run's older checkpoints are untouched.
+            CheckpointError: a rank could not write this one or the one before (named); the older checkpoints
+                are untouched.
         """
-        final = self._folder / folder_name(state.step)
-        temporary = final.with_name(final.name + ".tmp")
-        is_first = self._process.is_first
-        self._attempt(lambda: _fresh(temporary) if is_first else None)
-        name = f"rank_{self._process.rank:05d}.safetensors"
+        self.finish()
+        live = RankTensors.of(strategy.fragments(), extra)
+        if self._staging is None:
+            self._writer.write(lambda: live, state)
+        else:
+            tensors = _copied(live, self._staging)
+            self._background.start(partial(self._writer.write, tensors, deepcopy(state)))
 
-        def write() -> dict[str, Any]:
-            write_fragments(temporary / name, strategy.fragments(), extra)
-            return checksum(temporary / name)
+    def finish(self) -> None:
+        """Waits for what is being written. Collective: call on every rank.
 
-        try:
-            mine = self._attempt(write)
-            files = dict(agree.gather((name, mine)))
-            self._attempt(lambda: self._finish(temporary, final, files, state) if is_first else None)
-        except CheckpointError:
-            if is_first:
-                shutil.rmtree(temporary, ignore_errors=True)
-                if not (final / COMMIT).exists():  # renamed, but no room for the last file
-                    shutil.rmtree(final, ignore_errors=True)
-            raise
-        return final
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        error = self._background.wait()
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Waits for what is being written, on the way out of a run that has its own reason to end."""
+        error = self._background.wait()
+        if isinstance(error, CheckpointError):  # else a rank was lost, and that is what the run ends for
+            say(str(error), self._process)
 
     def find(self, resume: str, allow_change: tuple[str, ...]) -> CheckpointReader | None:
         """The checkpoint that `run.resume` asks for, or None where there is nothing to resume.
@@ -193,57 +205,21 @@ class CheckpointManager:
                     remedy += f", or allow it with --run.allow_change {key}"
                 raise ConfigError(f"{key} is {value}, but {folder} was trained with {saved[key]}: {remedy}")
 
-    def _finish(self, temporary: Path, final: Path, files: dict[str, Any], state: RunState) -> None:
-        write_state(temporary / STATE, SavedState(state, self._identity, _versions()))
-        write_whole(temporary / CONFIG, self._config_yaml)
-        for name in (STATE, CONFIG):
-            files[name] = checksum(temporary / name)
-        if final.exists():  # a damaged one, or one of the steps that run.resume=PATH went back behind
-            _remove(final)
-        temporary.replace(final)
-        sync(final.parent)
-        write_whole(final / COMMIT, json.dumps({"files": files}, indent=1) + "\n")
-        self._retain()
 
-    def _retain(self) -> None:
-        """Removes what is older than the newest `keep` finished checkpoints; unfinished ones do not count."""
-        finished = [path for path in checkpoints_of(self._folder) if (path / COMMIT).exists()]
-        for path in checkpoints_of(self._folder):
-            if path not in finished[: self._keep]:
-                _remove(path)
+def _copied(live: RankTensors, staging: Staging) -> Callable[[], RankTensors]:
+    """Copies now. What is returned waits for the copies, or raises here what all ranks must hear of."""
+    try:
+        taken = staging.take(live)
+    except Exception as error:  # no memory for them
+        failure = error
 
-    def _attempt(self, action: Callable[[], Any]) -> Any:
-        """Runs a rank's part of a collective save; one rank's failure is every rank's CheckpointError."""
-        result, error = None, None
-        try:
-            result = action()
-        except Exception as caught:
-            error = caught
-        failed = agree.first_error(error)
-        if failed:
-            rank, kind, message = failed
-            raise CheckpointError(
-                f"checkpoint not written: rank {rank}: {kind}: {message}; the older checkpoints are untouched"
-            ) from error
-        return result
+        def failed() -> RankTensors:
+            raise failure
 
+        return failed
 
-def _fresh(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    def copied() -> RankTensors:
+        staging.wait()
+        return taken
 
-
-def _remove(folder: Path) -> None:
-    """Removes a checkpoint so that what a crash leaves behind is not taken for one."""
-    (folder / COMMIT).unlink(missing_ok=True)
-    shutil.rmtree(folder)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _VERSIONED:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return copied

@@ -153,6 +153,10 @@ class CheckpointConfig:
 
     every_steps: int = option(500, "optimizer steps between checkpoints; the last step is always saved")
     keep: int = option(3, "checkpoints kept, at least 2")
+    async_save: bool = option(
+        True,
+        "write beside training, from a copy in CPU memory as large as a rank's share; false: training waits",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,16 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._signal: int | None = None
+        self._is_asked_inside = False
 
     @property
     def is_made(self) -> bool:
-        """Whether a stop signal has come."""
-        return self._signal is not None
+        """Whether a stop signal has come, or this process has asked itself to stop."""
+        return self._signal is not None or self._is_asked_inside
+
+    def make(self) -> None:
+        """Asks for a stop from inside, as a signal does from outside; from any thread."""
+        self._is_asked_inside = True
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
@@ -30,7 +35,11 @@ class StopRequest:
             yield self
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # Once a stop is made the process is on its way out: the launcher, which signals all others
+                # when the first rank has ended, must not kill the one that takes longer over it. Ignored, for
+                # the interpreter drops handlers as it ends. A keyboard still interrupts.
+                is_kept = self.is_made and number != signal.SIGINT
+                signal.signal(number, signal.SIG_IGN if is_kept else handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:

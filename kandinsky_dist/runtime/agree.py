@@ -28,14 +28,22 @@ def decided_by_first(decide: Callable[[], Result]) -> Result:
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
-    """Every rank's value, by rank, on every rank. Collective: call on every rank."""
+def gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value, by rank, on every rank. Collective: call on every rank.
+
+    Args:
+        value: this rank's; it travels by pickle between our own processes.
+        group: of all ranks, over gloo; None is the one that the main thread uses. A second thread needs its
+            own, or its question would meet another one's answer.
+    """
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def first_error(error: Exception | None) -> tuple[int, str, str] | None:
+def first_error(
+    error: Exception | None, group: dist.ProcessGroup | None = None
+) -> tuple[int, str, str] | None:
     """The lowest failing rank's (rank, type, message), on every rank. Collective: call on every rank."""
-    found = gather(None if error is None else (type(error).__name__, str(error)))
+    found = gather(None if error is None else (type(error).__name__, str(error)), group)
     return next(((rank, *item) for rank, item in enumerate(found) if item is not None), None)

@@ -67,6 +67,8 @@ class Feed:
         if work is not None:
             work.wait()
         num_stops, num_failures, num_bad = counts.tolist()
+        if num_stops:
+            self._stop.make()  # what one process was asked, all do
         bad_samples = []
         if num_bad:
             mine = [bad for batch in self._microbatches for bad in batch.bad_samples]

@@ -59,6 +59,8 @@ class Trainer:
             keep=config.checkpoint.keep,
             identity=build.identity(config, folders) | corpora.identity(config, order),
             config_yaml=resolved.to_yaml(),
+            is_async=config.checkpoint.async_save,
+            on_failure=stop.make,  # all ranks stop at one step, and there `finish` says why
         )
         # Judged before the run folder is written to: a refused run leaves the earlier one as it was.
         checkpoint = self.checkpoints.find(config.run.resume, config.run.allow_change)
@@ -127,6 +129,7 @@ class Trainer:
                     self.report(outcome, rate)  # the only place that reads device scalars
                 if is_last or self.is_due(config.checkpoint.every_steps):
                     self.save()
+            self.checkpoints.finish()
 
     def next_step_data(self) -> StepData:
         """The data of the next step; saves the run first where it must stop. Collective: call on every rank.
@@ -147,6 +150,7 @@ class Trainer:
         if error is not None:
             if self.state.step > self.saved_step:
                 self.save()
+            self.checkpoints.finish()
             raise error
         self.state.num_bad_samples += len(data.bad_samples)
         return data
@@ -213,7 +217,7 @@ class Trainer:
         return evaluate(self.model, self.objective, self.validation, self.config.validation.num_samples)
 
     def save(self) -> None:
-        """Writes a checkpoint. Collective: call on every rank."""
+        """Saves the run, beside training where that is asked for. Collective: call on every rank."""
         with self.meter.pause():
             self.state.pending_losses = self.losses.read()
             self.state.num_averaged = self.ema.num_updates()
@@ -244,6 +248,7 @@ class Trainer:
                 if log:
                     stack.callback(log.close)
             stack.callback(self.feed.close)
+            stack.callback(self.checkpoints.close)
             yield
 
     def open_run_dir(self, config_yaml: str) -> None:

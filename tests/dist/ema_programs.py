@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kandinsky_dist.checkpoint.layout import write_fragments
+from kandinsky_dist.checkpoint.layout import RankTensors, write_tensors
 from kandinsky_dist.config import loader
 from kandinsky_dist.faults.preempt import StopRequest
 from kandinsky_dist.parallel.base import StepOutcome
@@ -103,7 +103,7 @@ def _spoil(trainer: Trainer, bad_step: int) -> None:
 def _record(trainer: Trainer, name: str, out: Path) -> None:
     (out / name).mkdir(parents=True, exist_ok=True)
     file = out / name / f"rank_{trainer.process.rank:05d}.safetensors"
-    write_fragments(file, trainer.strategy.fragments(), trainer.ema.tensors())
+    write_tensors(file, RankTensors.of(trainer.strategy.fragments(), trainer.ema.tensors()))
 
 
 def _held(trainer: Trainer) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kandinsky_dist.checkpoint.layout import CheckpointReader, write_fragments
+from kandinsky_dist.checkpoint.layout import CheckpointReader, RankTensors, write_tensors
 from kandinsky_dist.config import loader
 from kandinsky_dist.faults.preempt import StopRequest
 from kandinsky_dist.runtime.process import joined
@@ -57,7 +57,7 @@ def go_on_from(stage: str, settings: dict[str, Any], checkpoints: dict[str, Path
             (out / name).mkdir(parents=True, exist_ok=True)
             reader = CheckpointReader(folder)
             trainer.state = trainer.checkpoints.restore(trainer.strategy, reader)
-            write_fragments(out / name / f"rank_{process.rank:05d}.safetensors", trainer.strategy.fragments())
+            write_tensors(out / name / f"rank_{process.rank:05d}.safetensors", RankTensors.of(trainer.strategy.fragments()))
             steps, losses = trainer.loader.steps(trainer.state.samples_consumed), []
             for _ in range(num_steps):
                 loss, _outcome = train_step(

@@ -16,7 +16,8 @@ from helpers.forked import train
 from helpers.pictures import draw, write_corpus
 from helpers.running import started, wait_until, workers_of
 
-from kandinsky_dist.checkpoint.manager import checkpoints_of, newest_whole
+from kandinsky_dist.checkpoint.layout import checkpoints_of
+from kandinsky_dist.checkpoint.manager import newest_whole
 from kandinsky_dist.data.catalogue import read_manifest
 from kandinsky_dist.data.indexing.index import index_shards
 from kandinsky_dist.data.order import Order

@@ -15,7 +15,8 @@ from helpers.command import keys, losses, train_arguments
 from helpers.forked import train
 from helpers.running import ranks_of, wait_until
 
-from kandinsky_dist.checkpoint.manager import checkpoints_of, newest_whole
+from kandinsky_dist.checkpoint.layout import checkpoints_of
+from kandinsky_dist.checkpoint.manager import newest_whole
 
 pytestmark = pytest.mark.dist
 

@@ -18,8 +18,7 @@ from helpers.objective import Recorder, batch_at, configuration, loader_of, obje
 from safetensors.torch import load_file
 
 import kandinsky_dist
-from kandinsky_dist.checkpoint.layout import CheckpointReader, damage
-from kandinsky_dist.checkpoint.manager import checkpoints_of
+from kandinsky_dist.checkpoint.layout import CheckpointReader, checkpoints_of, damage
 from kandinsky_dist.cli import main
 from kandinsky_dist.config.schema import KEYS, SECTIONS
 from kandinsky_dist.data.catalogue import read_manifest

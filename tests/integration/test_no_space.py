@@ -13,7 +13,8 @@ from helpers.forked import command, train
 from helpers.lines import last_line, matches, one_line
 from helpers.pictures import draw
 
-from kandinsky_dist.checkpoint.manager import checkpoints_of, newest_whole
+from kandinsky_dist.checkpoint.layout import checkpoints_of
+from kandinsky_dist.checkpoint.manager import newest_whole
 from kandinsky_dist.models.load import pipeline_folder
 from kandinsky_dist.models.tokenizer import VOCABULARY_MEMBER, VOCABULARY_PACKAGE
 from kandinsky_dist.train.build import PRIOR_COMPONENTS

@@ -9,7 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kandinsky_dist.checkpoint.layout import COMMIT, CheckpointReader, checksum, damage, write_fragments
+from kandinsky_dist.checkpoint.inspect import describe
+from kandinsky_dist.checkpoint.layout import (
+    COMMIT,
+    CONFIG,
+    STATE,
+    CheckpointReader,
+    RankTensors,
+    checksum,
+    damage,
+    write_tensors,
+)
 from kandinsky_dist.checkpoint.manager import newest_whole
 from kandinsky_dist.errors import CheckpointError
 from kandinsky_dist.parallel.base import FRAGMENT_KINDS, Fragment
@@ -22,7 +32,8 @@ def write(folder, values, cuts):
     random.Random(0).shuffle(pieces)
     for rank, (start, stop) in enumerate(pieces):
         parts = [values[start:stop] + kind for kind in range(len(FRAGMENT_KINDS))]
-        write_fragments(folder / f"rank_{rank:05d}.safetensors", [Fragment("w", start, len(values), *parts)])
+        saved = RankTensors.of([Fragment("w", start, len(values), *parts)])
+        write_tensors(folder / f"rank_{rank:05d}.safetensors", saved)
 
 
 @settings(max_examples=30, deadline=None)
@@ -52,7 +63,9 @@ def test_a_missing_piece_is_an_error_and_not_zeros(tmp_path):
 
 def committed(folder, values=(1.0, 2.0)):
     folder.mkdir(parents=True)
-    write(folder, torch.tensor(values), [])
+    write(folder, torch.tensor(values), [1])
+    (folder / STATE).write_text("{}")
+    (folder / CONFIG).write_text("{}")
     files = {path.name: checksum(path) for path in folder.iterdir()}
     (folder / COMMIT).write_text(json.dumps({"files": files}))
     return folder
@@ -85,3 +98,42 @@ def test_starting_anew_where_all_are_damaged_is_refused_but_not_where_none_was_f
     (committed(tmp_path / "step_00000002") / "rank_00000.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"):
         newest_whole(tmp_path)
+
+
+def test_every_flipped_bit_of_commit_is_noticed(tmp_path):
+    folder = committed(tmp_path / "step_00000001")
+    whole = (folder / COMMIT).read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (folder / COMMIT).write_bytes(flipped)
+        assert damage(folder) is not None, flipped
+    (folder / COMMIT).write_bytes(whole)
+    assert damage(folder) is None
+
+
+def test_a_file_that_commit_does_not_promise_is_damage(tmp_path):
+    folder = committed(tmp_path / "step_00000001")
+    stray = folder / "rank_00002.safetensors"
+    stray.write_bytes((folder / "rank_00001.safetensors").read_bytes())
+    assert damage(folder) == f"{stray.name} is not in {COMMIT}"
+    stray.unlink()
+    promised = json.loads((folder / COMMIT).read_text())["files"]
+    del promised[STATE]
+    (folder / COMMIT).write_text(json.dumps({"files": promised}))
+    assert damage(folder) == f"{STATE} is not in {COMMIT}"
+
+
+def test_a_folder_whose_writing_was_cut_off_is_passed_over_by_name(tmp_path):
+    whole = committed(tmp_path / "step_00000001")
+    cut_off = committed(tmp_path / "step_00000002.tmp")
+    found = newest_whole(tmp_path)
+    assert found.folder == whole
+    assert found.passed_over == (f"{cut_off}: its writing was cut off",)
+
+
+def test_checkpoint_list_names_a_damaged_commit(tmp_path):
+    folder = committed(tmp_path / "checkpoints" / "step_00000001")
+    (folder / COMMIT).write_text('{"files": {"state.json": {"bites": 1}}}')
+    (line,) = describe(tmp_path, is_deep=False)
+    assert line == f"{folder.name}  not whole: {COMMIT} is unreadable"

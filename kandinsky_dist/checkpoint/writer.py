@@ -1,0 +1,142 @@
+"""One checkpoint on the disk: atomic, checked, agreed on all ranks."""
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from kandinsky_dist.checkpoint.layout import (
+    COMMIT,
+    CONFIG,
+    STATE,
+    TEMPORARY,
+    RankTensors,
+    RunState,
+    SavedState,
+    checkpoints_of,
+    checksum,
+    folder_name,
+    write_state,
+    write_tensors,
+)
+from kandinsky_dist.errors import CheckpointError
+from kandinsky_dist.runtime import agree
+from kandinsky_dist.runtime.disk import sync, write_whole
+from kandinsky_dist.runtime.process import Process
+
+_VERSIONED = ("kandinsky-dist", "torch", "diffusers", "transformers", "deepspeed")
+
+
+class Writer:
+    """Writes a run's checkpoints. Collective: made on every rank, whose main threads do it at one place.
+
+    Args:
+        folder: of all checkpoints.
+        process: this rank.
+        keep: how many finished checkpoints stay.
+        identity: goes into state.json.
+        config_yaml: the resolved configuration.
+    """
+
+    def __init__(
+        self, folder: Path, process: Process, *, keep: int, identity: Mapping[str, Any], config_yaml: str
+    ) -> None:
+        self._folder = folder
+        self._process = process
+        self._keep = keep
+        self._identity = identity
+        self._config_yaml = config_yaml
+        # Its own: what ranks agree on while they write is not to be mistaken for what they train on.
+        self._group = dist.new_group(backend="gloo")
+
+    def write(self, tensors: Callable[[], RankTensors], state: RunState) -> None:
+        """Writes a checkpoint, durable on return. Collective: call on every rank, from any one thread.
+
+        Args:
+            tensors: gives what this rank saves.
+            state: where the run stands.
+
+        Raises:
+            CheckpointError: a rank could not write (named); the run's older checkpoints are untouched.
+        """
+        final = self._folder / folder_name(state.step)
+        temporary = final.with_name(final.name + TEMPORARY)
+        is_first = self._process.is_first
+        self._attempt(lambda: _fresh(temporary) if is_first else None)
+        name = f"rank_{self._process.rank:05d}.safetensors"
+
+        def write() -> dict[str, Any]:
+            write_tensors(temporary / name, tensors())
+            return checksum(temporary / name)
+
+        try:
+            mine = self._attempt(write)
+            files = dict(agree.gather((name, mine), self._group))
+            self._attempt(lambda: self._finish(temporary, final, files, state) if is_first else None)
+        except CheckpointError:
+            if is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                if not (final / COMMIT).exists():  # renamed, but no room for the last file
+                    shutil.rmtree(final, ignore_errors=True)
+            raise
+
+    def _finish(self, temporary: Path, final: Path, files: dict[str, Any], state: RunState) -> None:
+        write_state(temporary / STATE, SavedState(state, self._identity, _versions()))
+        write_whole(temporary / CONFIG, self._config_yaml)
+        for name in (STATE, CONFIG):
+            files[name] = checksum(temporary / name)
+        if final.exists():  # a damaged one, or one of the steps that run.resume=PATH went back behind
+            _remove(final)
+        temporary.replace(final)
+        sync(final.parent)
+        write_whole(final / COMMIT, json.dumps({"files": files}, indent=1) + "\n")
+        self._retain()
+
+    def _retain(self) -> None:
+        """Removes what is older than the newest `keep` finished checkpoints, and all unfinished ones."""
+        finished = [path for path in checkpoints_of(self._folder) if (path / COMMIT).exists()]
+        for path in checkpoints_of(self._folder):
+            if path not in finished[: self._keep]:
+                _remove(path)
+        for path in self._folder.glob(f"step_*{TEMPORARY}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _attempt(self, action: Callable[[], Any]) -> Any:
+        """Runs a rank's part of a collective save; one rank's failure is every rank's CheckpointError."""
+        result, error = None, None
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+        failed = agree.first_error(error, self._group)
+        if failed:
+            rank, kind, message = failed
+            raise CheckpointError(
+                f"checkpoint not written: rank {rank}: {kind}: {message}; the older checkpoints are untouched"
+            ) from error
+        return result
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint so that what a crash leaves behind is not taken for one."""
+    (folder / COMMIT).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
