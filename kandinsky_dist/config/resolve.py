@@ -26,6 +26,9 @@ _POSITIVE = (
     "model.lora_rank",
 )
 _NOT_NEGATIVE = (
+    "guard.max_nonfinite_steps",
+    "guard.spike_threshold",
+    "guard.max_rollbacks",
     "run.seed",
     "data.num_workers",
     "optim.lr_warmup_steps",

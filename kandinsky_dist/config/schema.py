@@ -152,7 +152,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """When a run counts as diverged; it then goes back to a checkpoint and on with the data behind."""
+    """When a run counts as diverged: it goes back to a checkpoint and on with the data behind."""
 
     max_nonfinite_steps: int = option(
         25,

@@ -91,7 +91,8 @@ def _observe(trainer: Trainer, observed_step: int | None, found: dict[str, Any])
     def everything() -> list[torch.Tensor]:
         counts = [state["step"] for state in trainer.strategy_optimizer().state.values() if "step" in state]
         fragments = [getattr(item, kind) for item in trainer.strategy.fragments() for kind in FRAGMENT_KINDS]
-        weights = [item.detach() for item in trainer.model.parameters()]
+        # Under ZeRO-3 this rank's part: whether the whole is in memory too differs from step to step.
+        weights = [getattr(item, "ds_tensor", item) for item in trainer.model.parameters()]
         return [tensor.detach().clone() for tensor in (*counts, *fragments, *weights)]
 
     def step(**arguments: Any) -> Any:
