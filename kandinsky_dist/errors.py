@@ -35,6 +35,10 @@ class CheckpointError(KandinskyError):
     """A checkpoint or export that cannot be written, read or trusted (exit 1)."""
 
 
+class DivergedError(KandinskyError):
+    """Training has diverged, and going back has not helped (exit 1)."""
+
+
 class DiskFullError(KandinskyError):
     """No space left for what a command makes, of which nothing was kept (exit 1)."""
 

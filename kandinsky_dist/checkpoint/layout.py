@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kandinsky_dist.errors import CheckpointError
+from kandinsky_dist.faults.divergence import Health
 from kandinsky_dist.parallel.base import FRAGMENT_KINDS, Fragment
 from kandinsky_dist.runtime.disk import sync, write_whole
 
@@ -41,9 +42,12 @@ TEMPORARY = ".tmp"
 class RunState:
     """Where a run stands. Data order, noise and learning rate follow from `step` and `samples_consumed`.
 
-    `pending_losses` are the global losses of steps since the last log entry, so that a resumed run's next
-    entry is the mean over the same steps; `num_bad_samples` counts those that were replaced so far;
-    `num_averaged` the steps that are in each average of the weights, by its kind.
+    Both grow alike, until a run goes back to an earlier step (`num_rollbacks` times so far) and on with the
+    next samples. `pending_losses` are the global losses of steps since the last log entry and
+    `pending_skipped` whether these were skipped, so that a resumed run's next entry is about the same steps;
+    `num_skipped_steps` and `health` are about the steps before them. `num_bad_samples` counts those that were
+    replaced so far, `began_at_step` is above 0 where the first weights were another run's, `num_averaged` are
+    the steps that are in each average of the weights, by its kind.
     """
 
     step: int = 0
@@ -51,6 +55,16 @@ class RunState:
     pending_losses: list[float] = field(default_factory=list)
     num_bad_samples: int = 0
     num_averaged: dict[str, int] = field(default_factory=dict)
+    pending_skipped: list[bool] = field(default_factory=list)
+    num_skipped_steps: int = 0
+    num_rollbacks: int = 0
+    began_at_step: int = 0
+    health: Health = field(default_factory=Health)
+
+    @property
+    def num_updates(self) -> int:
+        """Steps that have changed the weights, which AdamW's bias correction counts. Of a saved state."""
+        return self.step - self.num_skipped_steps - sum(self.pending_skipped)
 
     def advance(self, num_samples: int) -> None:
         """Counts one optimizer step."""
@@ -121,7 +135,9 @@ def write_state(path: Path, saved: SavedState) -> None:
 def read_state(folder: Path) -> SavedState:
     """Reads state.json."""
     tree = json.loads((folder / STATE).read_text())
-    return SavedState(RunState(**tree["run"]), tree["identity"], tree["versions"])
+    run = tree["run"]
+    health = Health(**run.pop("health", {"last_healthy_step": run["step"]}))
+    return SavedState(RunState(**run, health=health), tree["identity"], tree["versions"])
 
 
 def checksum(path: Path) -> dict[str, Any]:

@@ -19,10 +19,12 @@ from kandinsky_dist.checkpoint.layout import (
     checkpoints_of,
     damage,
 )
+from kandinsky_dist.checkpoint.rollback import Rollback, read_rollback
 from kandinsky_dist.checkpoint.snapshot import Staging
-from kandinsky_dist.checkpoint.writer import Writer
+from kandinsky_dist.checkpoint.writer import Writer, remove
 from kandinsky_dist.errors import CheckpointError, ConfigError
-from kandinsky_dist.parallel.base import Strategy
+from kandinsky_dist.parallel.base import ModelPlan, Strategy
+from kandinsky_dist.parallel.initial import InitialWeights
 from kandinsky_dist.runtime import agree
 from kandinsky_dist.runtime.logs import say
 from kandinsky_dist.runtime.process import Process
@@ -36,8 +38,12 @@ class Found:
     passed_over: tuple[str, ...]
 
 
-def newest_whole(folder: Path) -> Found:
-    """Looks from the newest checkpoint down until one is whole.
+def newest_whole(folder: Path, *, at_most_step: int | None = None) -> Found:
+    """Looks from the newest checkpoint down until one is whole. What a rollback has made void is left out.
+
+    Args:
+        folder: of the checkpoints.
+        at_most_step: later ones are left out too.
 
     Raises:
         CheckpointError: none is whole although one had been finished: starting anew would hide the loss.
@@ -45,7 +51,11 @@ def newest_whole(folder: Path) -> Found:
     unfinished = sorted(folder.glob(f"step_*{TEMPORARY}"), reverse=True)
     passed_over = [f"{path}: its writing was cut off" for path in unfinished]
     was_finished = False
+    rollback = read_rollback(folder)
     for path in checkpoints_of(folder):
+        is_later = at_most_step is not None and int(path.name[5:]) > at_most_step
+        if is_later or (rollback is not None and rollback.voids(path)):
+            continue
         reason = damage(path)
         if reason is None:
             return Found(path, tuple(passed_over))
@@ -82,10 +92,10 @@ class CheckpointManager:
         is_async: bool,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
-        self._folder = run_dir / "checkpoints"
+        self.folder = run_dir / "checkpoints"
         self._process = process
-        self._identity = identity
-        self._writer = Writer(self._folder, process, keep=keep, identity=identity, config_yaml=config_yaml)
+        self.identity = identity
+        self._writer = Writer(self.folder, process, keep=keep, identity=identity, config_yaml=config_yaml)
         self._staging = Staging() if is_async else None
         self._background = Background(on_failure)
 
@@ -145,17 +155,21 @@ class CheckpointManager:
             CheckpointError: `resume` names no whole checkpoint.
             ConfigError: the checkpoint is of a run with another identity.
         """
-        chosen = agree.decided_by_first(lambda: self._choose(resume))
+        chosen, own = agree.decided_by_first(lambda: (self._choose(resume), read_rollback(self.folder)))
         for line in chosen.passed_over:
             say(f"passed over {line}", self._process)
         if chosen.folder is None:
+            if own is not None:  # back to the initial weights, at a position of the same data
+                self._check_identity(self.folder, own.identity, allow_change)
             return None
         reader = CheckpointReader(chosen.folder)
         self._check_identity(chosen.folder, reader.state.identity, allow_change)
         return reader
 
-    def restore(self, strategy: Strategy, reader: CheckpointReader | None) -> RunState:
-        """Loads what `find` has found. Collective: call on every rank.
+    def restore(self, strategy: Strategy, reader: CheckpointReader | None, plan: ModelPlan) -> RunState:
+        """Loads what `find` has found, or the plan's initial weights. Collective: call on every rank.
+
+        What a rollback of this run has made void is removed.
 
         Returns:
             Where the run continues; a fresh state where there is nothing to resume.
@@ -163,8 +177,12 @@ class CheckpointManager:
         Raises:
             CheckpointError: the checkpoint is of another model.
         """
+        own = agree.decided_by_first(self._without_void)
         if reader is None:
-            return RunState()
+            if own is None:
+                return RunState()
+            strategy.load_fragments(InitialWeights(plan), num_steps=0)
+            return own.continued(RunState())
         for fragment in strategy.fragments():  # a larger parameter would be read in part
             found = reader.numels.get(fragment.name)
             if found not in (None, fragment.numel):
@@ -172,17 +190,26 @@ class CheckpointManager:
                     f"{reader.folder} has {found} values of {fragment.name}, the model {fragment.numel}: "
                     "it is a checkpoint of another model"
                 )
-        strategy.load_fragments(reader, num_steps=reader.state.run.step)
-        say(f"resumed {reader.folder} at sample {reader.state.run.samples_consumed:,}", self._process)
-        return reader.state.run
+        state = reader.state.run
+        strategy.load_fragments(reader, num_steps=state.num_updates)
+        if reader.folder.parent.resolve() != self.folder.resolve():
+            state.began_at_step = state.step
+            theirs = agree.decided_by_first(lambda: read_rollback(reader.folder.parent))
+            state = theirs.continued(state) if theirs else state
+            if own is not None:  # else what is saved from now on would be void
+                state.num_rollbacks = max(state.num_rollbacks, own.number)
+        elif own is not None:
+            state = own.continued(state)
+        say(f"resumed {reader.folder} at sample {state.samples_consumed:,}", self._process)
+        return state
 
     def _choose(self, resume: str) -> Found:
         if resume == "auto":
-            return newest_whole(self._folder)
+            return newest_whole(self.folder)
         if resume == "never":
-            if checkpoints_of(self._folder):
+            if checkpoints_of(self.folder) or read_rollback(self.folder):
                 raise ConfigError(
-                    f"run.resume=never, but {self._folder} holds checkpoints of an earlier run: "
+                    f"run.resume=never, but {self.folder} holds checkpoints of an earlier run: "
                     "choose another run.dir, or run.resume=auto to continue it"
                 )
             return Found(None, ())
@@ -198,12 +225,23 @@ class CheckpointManager:
         return found
 
     def _check_identity(self, folder: Path, saved: Mapping[str, Any], allow_change: tuple[str, ...]) -> None:
-        for key, value in self._identity.items():
+        for key, value in self.identity.items():
             if key in saved and saved[key] != value and key not in allow_change:
                 remedy = "use another run.dir"
                 if "." in key:  # the stage is no setting, and nothing of one fits into the other
                     remedy += f", or allow it with --run.allow_change {key}"
                 raise ConfigError(f"{key} is {value}, but {folder} was trained with {saved[key]}: {remedy}")
+
+    def _without_void(self) -> Rollback | None:
+        """Removes what the run's last rollback has made void, and returns that rollback. Rank 0 only."""
+        rollback = read_rollback(self.folder)
+        if rollback is not None:
+            for path in filter(rollback.voids, checkpoints_of(self.folder)):
+                try:
+                    remove(path)
+                except OSError as error:
+                    raise CheckpointError(f"{path} holds diverged weights: {error.strerror}") from error
+        return rollback
 
 
 def _copied(live: RankTensors, staging: Staging) -> Callable[[], RankTensors]:

@@ -90,18 +90,22 @@ class Writer:
         for name in (STATE, CONFIG):
             files[name] = checksum(temporary / name)
         if final.exists():  # a damaged one, or one of the steps that run.resume=PATH went back behind
-            _remove(final)
+            remove(final)
         temporary.replace(final)
         sync(final.parent)
         write_whole(final / COMMIT, json.dumps({"files": files}, indent=1) + "\n")
-        self._retain()
+        self._retain(state.health.last_healthy_step)
 
-    def _retain(self) -> None:
-        """Removes what is older than the newest `keep` finished checkpoints, and all unfinished ones."""
+    def _retain(self, last_healthy_step: int) -> None:
+        """Removes what is older than the newest `keep` finished checkpoints, and all unfinished ones.
+
+        The newest one that is known to be healthy stays too: a run that has diverged goes back to it.
+        """
         finished = [path for path in checkpoints_of(self._folder) if (path / COMMIT).exists()]
+        healthy = [path for path in finished if int(path.name[5:]) <= last_healthy_step]
         for path in checkpoints_of(self._folder):
-            if path not in finished[: self._keep]:
-                _remove(path)
+            if path not in finished[: self._keep] and path not in healthy[:1]:
+                remove(path)
         for path in self._folder.glob(f"step_*{TEMPORARY}"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -126,7 +130,7 @@ def _fresh(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Removes a checkpoint so that what a crash leaves behind is not taken for one."""
     (folder / COMMIT).unlink(missing_ok=True)
     shutil.rmtree(folder)

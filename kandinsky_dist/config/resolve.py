@@ -20,11 +20,15 @@ _POSITIVE = (
     "optim.adam_epsilon",
     "parallel.bucket_mib",
     "checkpoint.every_steps",
+    "guard.spike_patience_steps",
     "telemetry.log_every_steps",
     "validation.num_samples",
     "model.lora_rank",
 )
 _NOT_NEGATIVE = (
+    "guard.max_nonfinite_steps",
+    "guard.spike_threshold",
+    "guard.max_rollbacks",
     "run.seed",
     "data.num_workers",
     "optim.lr_warmup_steps",
@@ -79,6 +83,11 @@ def _ranges(config: Config) -> Iterator[str]:
         (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
         (_SHARES, lambda value: 0 <= value < 1, "in [0, 1)"),
         (_WHOLE_SHARES, lambda value: 0 <= value <= 1, "in [0, 1]"),
+        (
+            ("guard.spike_window_steps",),
+            lambda value: value >= 10,
+            "10 or more: fewer losses have no scale to measure a spike by",
+        ),
         (("checkpoint.keep",), lambda value: value >= 2, "2 or more: the newest may be damaged"),
     )
     for keys, holds, rule in rules:
@@ -138,6 +147,9 @@ def _combinations(resolved: Resolved) -> Iterator[str]:
         )
     if config.parallel.ds_config is not None and not Path(config.parallel.ds_config).is_file():
         yield f"parallel.ds_config={config.parallel.ds_config} is not a file"
+    for key in ("guard.spike_window_steps", "guard.spike_patience_steps"):
+        if resolved.origins[key] != DEFAULT_ORIGIN and config.guard.spike_threshold == 0:
+            yield f"{key}={config.get(key)} needs guard.spike_threshold above 0"
     if resolved.origins["model.lora_rank"] != DEFAULT_ORIGIN and config.model.variant != "lora":
         yield f"model.lora_rank={config.model.lora_rank} needs model.variant=lora"
     for key in config.run.allow_change:

@@ -160,6 +160,29 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """When a run counts as diverged: it goes back to a checkpoint and on with the data behind."""
+
+    max_nonfinite_steps: int = option(
+        25,
+        "so many non-finite steps in a row are a divergence; each of them alone is skipped and changes "
+        "nothing; 0: never",
+    )
+    spike_threshold: float = option(
+        0.0,
+        "a loss above median + this x 1.4826 x MAD of the last healthy steps is a spike (6 is cautious, for "
+        "healthy losses that spread like a normal distribution); 0: off",
+    )
+    spike_window_steps: int = option(
+        200, "healthy steps that a loss is compared with; before there are so many, no step is a spike"
+    )
+    spike_patience_steps: int = option(10, "so many spikes in a row are a divergence; fewer are forgiven")
+    max_rollbacks: int = option(
+        3, "how often the run may go back; the divergence after that ends it with exit code 1"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TelemetryConfig:
     """What is measured and where it goes."""
 
@@ -190,6 +213,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 

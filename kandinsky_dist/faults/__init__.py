@@ -1,1 +1,1 @@
-"""What can go wrong while a run is under way: stop requests, non-finite steps, hangs."""
+"""What can go wrong while a run is under way: stop requests, divergence, hangs."""

@@ -104,10 +104,15 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writer: SummaryWriter | None = None
+        self._last_step = -1
 
     def write(self, entry: Mapping[str, float | int]) -> None:
         """Records every number of the entry under its key."""
         step = int(entry["step"])
+        if step <= self._last_step:  # the run has gone back
+            self.close()
+            self._writer = None
+        self._last_step = step
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # a second to import: only where it is used
 

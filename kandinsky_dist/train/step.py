@@ -35,25 +35,35 @@ def train_step(
 
 
 class LossWindow:
-    """Losses of the steps since the last log entry, kept on the device until they are read."""
+    """Losses of the steps since the last log entry, kept on the device until they are read.
 
-    def __init__(self, pending: Sequence[float]) -> None:
-        self._before = list(pending)
-        self._losses: list[Tensor] = []
+    Args:
+        pending: global losses of steps that an earlier window had taken in.
+        skipped: whether these were skipped.
+    """
 
-    def add(self, loss: Tensor) -> None:
-        """Takes in this rank's loss of one step. No host sync."""
-        self._losses.append(loss)
+    def __init__(self, pending: Sequence[float], skipped: Sequence[bool]) -> None:
+        self._losses_before = list(pending)
+        self._skipped_before = list(skipped) or [False] * len(pending)
+        self._steps: list[Tensor] = []
 
-    def read(self) -> list[float]:
-        """The global loss of each step of the window, in order. Host sync. Collective: call on every rank."""
-        if self._losses:
-            losses = torch.stack(self._losses)
-            dist.all_reduce(losses)
-            self._before += (losses / dist.get_world_size()).tolist()
-            self._losses = []
-        return list(self._before)
+    def add(self, loss: Tensor, outcome: StepOutcome) -> None:
+        """Takes in this rank's loss of one step, and whether it was skipped. No host sync."""
+        self._steps.append(torch.stack([loss, outcome.skipped]))
+
+    def read(self) -> tuple[list[float], list[bool]]:
+        """The global loss of each step of the window, in order, and whether the step was skipped.
+
+        Host sync. Collective: call on every rank.
+        """
+        if self._steps:
+            losses, skipped = torch.stack(self._steps).T.contiguous()
+            dist.all_reduce(losses)  # the optimizers have agreed on what they skip
+            self._losses_before += (losses / dist.get_world_size()).tolist()
+            self._skipped_before += (skipped > 0).tolist()
+            self._steps = []
+        return list(self._losses_before), list(self._skipped_before)
 
     def clear(self) -> None:
         """Starts a new window."""
-        self._before, self._losses = [], []
+        self._losses_before, self._skipped_before, self._steps = [], [], []

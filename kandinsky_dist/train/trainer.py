@@ -17,6 +17,7 @@ from kandinsky_dist.errors import (
     KandinskyError,
     StoppedError,
 )
+from kandinsky_dist.faults.divergence import Divergence
 from kandinsky_dist.faults.preempt import StopRequest
 from kandinsky_dist.optim.schedule import learning_rate
 from kandinsky_dist.parallel.base import StepOutcome
@@ -32,6 +33,7 @@ from kandinsky_dist.train import average, build, corpora
 from kandinsky_dist.train.cost import flops_per_sample
 from kandinsky_dist.train.evaluate import evaluate
 from kandinsky_dist.train.feed import Feed, StepData
+from kandinsky_dist.train.rollback import Guard
 from kandinsky_dist.train.step import LossWindow, train_step
 
 MIN_JUDGED_SAMPLES = 1000
@@ -68,7 +70,8 @@ class Trainer:
         precision = engine_precision(config, process.device)
         micro = num_micro(config, world_size=process.world_size)
         self.strategy = select(config, process, num_micro=micro)
-        self.model = self.strategy.prepare(build.model_plan(config, folders.source))
+        plan = build.model_plan(config, folders.source)
+        self.model = self.strategy.prepare(plan)
         self.objective = build.build_objective(config, folders, process.device, precision)
         self.loader = corpora.build_loader(config, folders.prior, order, process, is_training=True)
         self.validation = None
@@ -76,10 +79,11 @@ class Trainer:
             self.validation = corpora.build_loader(
                 config, folders.prior, held_out, process, is_training=False
             )
-        self.state = self.checkpoints.restore(self.strategy, checkpoint)
+        self.state = self.checkpoints.restore(self.strategy, checkpoint, plan)
         self.ema = average.restored(self.strategy, checkpoint, process)
+        self.guard = Guard(config.guard, self.run_dir, self.checkpoints, plan, process)
         self.saved_step = self.state.step
-        self.losses = LossWindow(self.state.pending_losses)
+        self.losses = LossWindow(self.state.pending_losses, self.state.pending_skipped)
         self.feed = Feed(self.loader.steps(self.state.samples_consumed), stop)
         self.meter = Meter(
             config.data.global_batch_size,
@@ -117,7 +121,7 @@ class Trainer:
                 )
                 self.ema.update(outcome.skipped)
                 self.state.advance(config.data.global_batch_size)
-                self.losses.add(loss)
+                self.losses.add(loss, outcome)
                 self.meter.tick()
                 self.write_audit(microbatches)
                 is_last = self.state.step == config.run.max_steps
@@ -126,7 +130,10 @@ class Trainer:
                 if self.is_due(config.telemetry.log_every_steps) or self.is_due(
                     config.validation.every_steps
                 ):
-                    self.report(outcome, rate)  # the only place that reads device scalars
+                    divergence = self.report(outcome, rate)  # the only place that reads device scalars
+                    if divergence:
+                        self.go_back(divergence)
+                        continue
                 if is_last or self.is_due(config.checkpoint.every_steps):
                     self.save()
             self.checkpoints.finish()
@@ -183,15 +190,21 @@ class Trainer:
             num_steps=self.config.run.max_steps,
         )
 
-    def report(self, outcome: StepOutcome, rate: float) -> None:
-        """Validates if that is due, and writes a log entry. Host sync. Collective: call on every rank."""
+    def report(self, outcome: StepOutcome, rate: float) -> Divergence | None:
+        """Judges the steps since the last log entry, validates if that is due, and writes an entry.
+
+        Host sync. Collective: call on every rank.
+        """
+        losses, skipped = self.losses.read()
+        divergence = self.guard.judge(self.state, losses, skipped)
         entry: dict[str, float | int] = {
             "step": self.state.step,
             "samples_consumed": self.state.samples_consumed,
-            "loss": fmean(self.losses.read()),
+            "loss": fmean(losses),
             "grad_norm": outcome.grad_norm.item(),
             "learning_rate": rate,
-            "skipped": outcome.skipped.item(),
+            "skipped": sum(skipped),
+            "rollbacks": self.state.num_rollbacks,
         }
         self.losses.clear()
         waited, self.waited_before = (
@@ -210,6 +223,15 @@ class Trainer:
         self.progress.update(
             self.state.step, loss=entry["loss"], samples_per_second=entry.get("samples_per_second")
         )
+        return divergence
+
+    def go_back(self, divergence: Divergence) -> None:
+        """Returns to the weights from before a divergence. Collective: call on every rank."""
+        with self.meter.pause():
+            self.state, checkpoint = self.guard.go_back(self.strategy, self.state, divergence)
+            self.ema = average.restored(self.strategy, checkpoint, self.process)
+        self.saved_step = self.state.step
+        self.losses = LossWindow(self.state.pending_losses, self.state.pending_skipped)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out figures of the weights as they are. Collective: call on every rank."""
@@ -219,7 +241,7 @@ class Trainer:
     def save(self) -> None:
         """Saves the run, beside training where that is asked for. Collective: call on every rank."""
         with self.meter.pause():
-            self.state.pending_losses = self.losses.read()
+            self.state.pending_losses, self.state.pending_skipped = self.losses.read()
             self.state.num_averaged = self.ema.num_updates()
             self.checkpoints.save(self.strategy, self.state, self.ema.tensors())
         self.saved_step = self.state.step

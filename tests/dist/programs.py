@@ -56,7 +56,8 @@ def go_on_from(stage: str, settings: dict[str, Any], checkpoints: dict[str, Path
         for name, folder in checkpoints.items():
             (out / name).mkdir(parents=True, exist_ok=True)
             reader = CheckpointReader(folder)
-            trainer.state = trainer.checkpoints.restore(trainer.strategy, reader)
+            trainer.strategy.load_fragments(reader, num_steps=reader.state.run.num_updates)
+            trainer.state = reader.state.run
             write_tensors(out / name / f"rank_{process.rank:05d}.safetensors", RankTensors.of(trainer.strategy.fragments()))
             steps, losses = trainer.loader.steps(trainer.state.samples_consumed), []
             for _ in range(num_steps):
@@ -107,9 +108,9 @@ def read_by_the_host(stage: str, settings: dict[str, Any], num_steps: int, out: 
             torch.cuda.set_sync_debug_mode("error")
         with ScalarReads() as reads:
             for microbatches in batches:
-                loss, _ = train(microbatches, learning_rate=trainer.learning_rate())
+                loss, outcome = train(microbatches, learning_rate=trainer.learning_rate())
                 trainer.state.advance(trainer.config.data.global_batch_size)
-                trainer.losses.add(loss)
+                trainer.losses.add(loss, outcome)
                 trainer.meter.tick()
         if is_cuda:
             torch.cuda.set_sync_debug_mode("default")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kandinsky_dist.config.loader import Layer, command_line_layer, load, recipe_names
+from kandinsky_dist.config.resolve import problems
 from kandinsky_dist.config.schema import KEYS, SECTIONS, STAGES, Config
 from kandinsky_dist.errors import ConfigError
 
@@ -282,3 +283,23 @@ def test_configuration_is_read_without_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--guard.max_nonfinite_steps=-1"], "guard.max_nonfinite_steps=-1 must be 0 or more"),
+        (["--guard.spike_threshold=-6"], "guard.spike_threshold=-6.0 must be 0 or more"),
+        (["--guard.spike_threshold=6", "--guard.spike_window_steps=9"], "must be 10 or more"),
+        (["--guard.spike_threshold=6", "--guard.spike_patience_steps=0"], "must be above 0"),
+        (["--guard.max_rollbacks=-1"], "guard.max_rollbacks=-1 must be 0 or more"),
+        (
+            ["--guard.spike_window_steps=50"],
+            "guard.spike_window_steps=50 needs guard.spike_threshold above 0",
+        ),
+    ],
+)
+def test_rules_of_the_guard(arguments, words):
+    broken = list(problems(resolve("--data.shards=x", *arguments), world_size=1))
+    assert len(broken) == 1
+    assert words in broken[0]

@@ -151,6 +151,14 @@ def test_tensorboard_shows_a_repeated_step_once_after_a_restart(tmp_path):
     assert read_scalars(tmp_path, "loss") == [(10, 5.0), (20, 7.0), (30, 7.0)]
 
 
+def test_tensorboard_shows_a_repeated_step_once_where_the_run_went_back(tmp_path):
+    sink = TensorBoard(tmp_path)
+    for step, loss in ((10, 5.0), (20, 6.0), (30, 99.0), (20, 7.0), (30, 8.0)):
+        sink.write({"step": step, "loss": loss})
+    sink.close()
+    assert read_scalars(tmp_path, "loss") == [(10, 5.0), (20, 7.0), (30, 8.0)]
+
+
 def test_run_folder_has_metrics_and_what_report_to_names(tmp_path):
     for report_to in ((), ("tensorboard",)):
         run_dir = tmp_path / str(len(report_to))
