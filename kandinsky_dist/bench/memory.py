@@ -106,7 +106,7 @@ def _measure(case: Case, process: Process) -> list[dict[str, Any]]:
         parallel=ParallelConfig(strategy=case.strategy, precision=case.precision, bucket_mib=BUCKET_MIB),
     )
     torch.manual_seed(0)
-    objective, prepared = _workload(case, process)
+    objective, prepared = workload(case, process)
     made: list[torch.optim.AdamW] = []
 
     def optimizer(named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
@@ -114,11 +114,11 @@ def _measure(case: Case, process: Process) -> list[dict[str, Any]]:
         return made[0]
 
     strategy = select(config, process, num_micro=NUM_MICRO)
-    build = partial(_build, case)
+    build = partial(build_network, case)
     forget_the_past()
     before = allocated_bytes(process.device)
     model = strategy.prepare(
-        ModelPlan(build=build, state_dict=partial(_random_weights, build), optimizer=optimizer)
+        ModelPlan(build=build, state_dict=partial(random_weights, build), optimizer=optimizer)
     )
     num_parameters = sum(
         getattr(item, "ds_numel", item.numel()) for item in model.parameters() if item.requires_grad
@@ -156,7 +156,7 @@ def _measure(case: Case, process: Process) -> list[dict[str, Any]]:
     return rows
 
 
-def _build(case: Case) -> nn.Module:
+def build_network(case: Case) -> nn.Module:
     """The network's structure in fp32, as a training run builds it."""
     from diffusers import PriorTransformer, UNet2DConditionModel
 
@@ -170,14 +170,14 @@ def _build(case: Case) -> nn.Module:
     return module.train()
 
 
-def _random_weights(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+def random_weights(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
     """Weights by name, small enough that no loss overflows; drawing them once is faster than initialising."""
     with outside_zero_init(), torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
     return {name: torch.empty(shape).uniform_(-0.02, 0.02) for name, shape in shapes.items()}
 
 
-def _workload(case: Case, process: Process) -> tuple[Objective, Prepared]:
+def workload(case: Case, process: Process) -> tuple[Objective, Prepared]:
     """The stage's loss and a micro-batch of one sample as its frozen encoders would leave it."""
     shapes = architecture(case.size)
     normal = partial(torch.randn, device=process.device)

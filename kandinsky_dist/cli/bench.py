@@ -93,6 +93,34 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--num-shards", type=int, default=100_000, help="of 10,000 samples each")
     parser.add_argument("--repeats", type=int, default=5, help="processes a position; their median counts")
 
+    def checkpoint(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.bench.checkpoint import run
+
+        run(
+            arguments.out,
+            size=arguments.size,
+            stage=arguments.stage,
+            strategies=arguments.strategy,
+            world_size=arguments.world_size,
+            num_repeats=arguments.repeats,
+        )
+
+    parser = command(
+        commands,
+        "checkpoint",
+        checkpoint,
+        "Seconds that training stands still for a checkpoint, waited for and written beside it.",
+    )
+    parser.add_argument(
+        "out", type=Path, help="folder for checkpoint.json and checkpoint.md, on the disk to be measured"
+    )
+    parser.add_argument("--size", choices=SIZES, default="small", help="network, with random weights")
+    parser.add_argument("--stage", choices=STAGES, default="prior", help="which network")
+    strategies = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
+    parser.add_argument("--strategy", nargs="+", choices=strategies, default=["ddp"], help="engines")
+    parser.add_argument("--world-size", type=int, default=2, help="processes; on CPUs where GPUs are fewer")
+    parser.add_argument("--repeats", type=int, default=5, help="saves of each kind; their median counts")
+
     def render(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.cases import to_markdown
 

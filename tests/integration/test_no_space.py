@@ -136,7 +136,13 @@ def large_wheel(folder: Path) -> Path:
 
 def test_a_checkpoint_that_does_not_fit(mount, tiny_models, small_corpus, tmp_path):
     """The older one stays and the next start resumes from it; the losses are those of a run that had room."""
-    settings = ("run.max_steps=4", "checkpoint.every_steps=1", "checkpoint.keep=5")
+    # Beside training the disk would be full for metrics.jsonl too, and that might be what is said.
+    settings = (
+        "run.max_steps=4",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep=5",
+        "checkpoint.async_save=false",
+    )
     places = {"models": tiny_models, "corpus": small_corpus}
     disk = mount("disk", "20m")  # a checkpoint has 8 MB
     run = disk / "run"
@@ -162,6 +168,30 @@ def test_a_checkpoint_that_does_not_fit(mount, tiny_models, small_corpus, tmp_pa
     assert list(disk.iterdir()) == []
     mount("export", ROOM)
     assert command("export", run, disk / "pipeline").returncode == 0
+
+
+def test_a_checkpoint_beside_training_that_does_not_fit(mount, tiny_models, small_corpus, tmp_path):
+    """Both ranks stop at a step boundary with one line, long before the next save would have told them."""
+    settings = ("run.max_steps=120", "checkpoint.every_steps=40", "checkpoint.keep=5")
+    places = {"models": tiny_models, "corpus": small_corpus, "world_size": 2}
+    disk = mount("disk", "12m")  # a checkpoint has 8 MB
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(disk)
+    done = train("prior", *settings, **places, run_dir=run)
+    assert done.returncode == OTHER, done.stderr
+    said = [line for line in done.stderr.splitlines() if "checkpoint not written" in line]
+    assert said, done.stderr
+    for line in said:
+        assert matches(line, "*checkpoint not written: rank *: *; the older checkpoints are untouched"), line
+    assert "Traceback" not in done.stderr
+    assert "saved in" not in done.stderr
+    assert 80 <= len(losses(run)) < 120, "it was only told by the next save"
+    assert [path.name for path in disk.iterdir()] == ["step_00000040"]
+    mount("disk", ROOM)
+    done = train("prior", *settings, **places, run_dir=run)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed {run / 'checkpoints' / 'step_00000040'}" in done.stderr
 
 
 @pytest.mark.parametrize("sinks", ["[]", "[tensorboard]"])
