@@ -119,7 +119,7 @@ def _dying(moment: str | None) -> Any:
     places: dict[str, tuple[Any, str]] = {
         "commit": (rollback, "write_rollback"),
         "log": (rollback, "write_whole"),
-        "removal": (manager, "_remove"),
+        "removal": (manager, "remove"),
         "loading": (rollback.CheckpointReader, "read"),
     }
     if name.removeprefix("killed ") not in places:
@@ -129,7 +129,7 @@ def _dying(moment: str | None) -> Any:
     real = getattr(owner, attribute)
 
     def end(*arguments: Any, **others: Any) -> Any:
-        if attribute == "_remove" and not manager.read_rollback(arguments[0].parent):
+        if attribute == "remove" and not manager.read_rollback(arguments[0].parent):
             return real(*arguments, **others)  # retention, not the rollback
         if attribute == "read" and not manager.read_rollback(arguments[0].folder.parent):
             return real(*arguments, **others)
