@@ -68,7 +68,7 @@ SETTINGS = [
     ("--objective.snr_gamma=nan", "objective.snr_gamma=nan must be a finite number"),
     ("--data.audit=maybe", "data.audit=maybe must be true or false"),
     ("--data.caption_dropout=1", "data.caption_dropout=1.0 must be in [0, 1)"),
-    ("--parallel.strategy=zero4", "parallel.strategy=zero4 is not one of ddp, zero0, zero1, zero2, zero3; did you mean zero3?"),
+    ("--parallel.strategy=zero4", "parallel.strategy=zero4 is not one of ddp, fsdp2, zero0, zero1, zero2, zero3; did you mean zero3?"),
     ("--telemetry.report_to=wandb", "telemetry.report_to=wandb is not one of tensorboard"),
     ("--run.dir=", "run.dir= must not be empty"),
     ("--run.max_steps=0", "run.max_steps=0 must be above 0"),
