@@ -26,6 +26,11 @@ def test_the_shipped_file_is_completed(strategy):
     assert found["gradient_clipping"] == (0.0 if strategy == "zero0" else 1.0)
 
 
+def test_a_bucket_of_any_size_is_one_that_deepspeed_takes():
+    sizes = [settings_of("zero2", **{"parallel.bucket_mib": mib}) for mib in (0.010006, 1e-9)]
+    assert [found["zero_optimization"]["allgather_bucket_size"] for found in sizes] == [5246, 2]
+
+
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_what_a_file_leaves_open_is_overlapped_as_the_run_says(strategy, overlap):
