@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from kandinsky_dist.bench import data_report, data_resume, memory_report
+from kandinsky_dist.bench import comm_report, data_report, data_resume, memory_report
 from kandinsky_dist.bench.record import Record
 from kandinsky_dist.errors import DataError
 
@@ -11,6 +11,7 @@ REPORTS: dict[str, Callable[[Record], str]] = {
     "memory": memory_report.to_markdown,
     "data": data_report.to_markdown,
     "data_resume": data_resume.to_markdown,
+    "comm": comm_report.to_markdown,
 }
 
 
