@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from kandinsky_dist.bench.memory import Case, build_network, random_weights, workload
+from kandinsky_dist.bench.memory import Case
 from kandinsky_dist.bench.ranks import run_on_ranks
 from kandinsky_dist.bench.record import Record, device_name
 from kandinsky_dist.bench.render import Column, mib, provenance, table
+from kandinsky_dist.bench.workload import build, random_weights, workload
 from kandinsky_dist.checkpoint.layout import COMMIT, RunState, folder_name, promised_files
 from kandinsky_dist.checkpoint.manager import CheckpointManager
 from kandinsky_dist.config.schema import Config, DataConfig, ParallelConfig, Stage
@@ -96,13 +97,13 @@ class _Trained:
         )
         torch.manual_seed(0)
         self._device = process.device
-        self._objective, self._prepared = workload(case, process)
+        self._objective, self._prepared = workload(case.stage, case.size, process)
         self.strategy = select(config, process, num_micro=1)
-        build = partial(build_network, case)
+        structure = partial(build, case.stage, case.size)
         self._model = self.strategy.prepare(
             ModelPlan(
-                build=build,
-                state_dict=partial(random_weights, build),
+                build=structure,
+                state_dict=partial(random_weights, structure),
                 optimizer=partial(build_adamw, config=config.optim),
             )
         )

@@ -1,10 +1,9 @@
 """`bench memory`: bytes of model states a rank under each strategy, beside the textbook's formulas.
 
-The networks are real, with random weights; the batches are random tensors in the shapes that the frozen
-encoders give. What is counted is alive at three moments of a step with two micro-batches.
+What is counted is alive at three moments of a step with two micro-batches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -12,28 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kandinsky_dist.bench.memory_report import to_markdown
 from kandinsky_dist.bench.ranks import run_on_ranks
 from kandinsky_dist.bench.record import Record, device_name
 from kandinsky_dist.bench.states import CLASSES, allocated_bytes, forget_the_past, take_snapshot
+from kandinsky_dist.bench.workload import build, random_weights, workload
 from kandinsky_dist.config.schema import STAGES, Config, DataConfig, ParallelConfig, Stage
-from kandinsky_dist.models.architectures import DECODER_SCHEDULER, MAX_TOKENS, Size, architecture
-from kandinsky_dist.models.load import freeze_statistics
-from kandinsky_dist.models.zero_init import outside_zero_init
-from kandinsky_dist.objectives.base import Objective, Prepared
-from kandinsky_dist.objectives.decoder import DecoderObjective
-from kandinsky_dist.objectives.noise import NoiseSchedule
-from kandinsky_dist.objectives.pixels import Normalisation
-from kandinsky_dist.objectives.prior import PriorObjective
+from kandinsky_dist.models.architectures import Size
 from kandinsky_dist.optim.adamw import build_adamw
 from kandinsky_dist.optional import require
 from kandinsky_dist.parallel.base import ModelPlan
 from kandinsky_dist.parallel.select import select
 from kandinsky_dist.runtime import agree
 from kandinsky_dist.runtime.process import Process, joined
-from kandinsky_dist.train.build import prior_schedule
 
 # zero3 last: deepspeed.zero.Init replaces torch's linear function for the rest of the process.
 STRATEGIES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
@@ -106,7 +98,7 @@ def _measure(case: Case, process: Process) -> list[dict[str, Any]]:
         parallel=ParallelConfig(strategy=case.strategy, precision=case.precision, bucket_mib=BUCKET_MIB),
     )
     torch.manual_seed(0)
-    objective, prepared = workload(case, process)
+    objective, prepared = workload(case.stage, case.size, process)
     made: list[torch.optim.AdamW] = []
 
     def optimizer(named: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
@@ -114,11 +106,11 @@ def _measure(case: Case, process: Process) -> list[dict[str, Any]]:
         return made[0]
 
     strategy = select(config, process, num_micro=NUM_MICRO)
-    build = partial(build_network, case)
+    structure = partial(build, case.stage, case.size)
     forget_the_past()
     before = allocated_bytes(process.device)
     model = strategy.prepare(
-        ModelPlan(build=build, state_dict=partial(random_weights, build), optimizer=optimizer)
+        ModelPlan(build=structure, state_dict=partial(random_weights, structure), optimizer=optimizer)
     )
     num_parameters = sum(
         getattr(item, "ds_numel", item.numel()) for item in model.parameters() if item.requires_grad
@@ -154,69 +146,3 @@ def _measure(case: Case, process: Process) -> list[dict[str, Any]]:
     destroy()
     leftovers.release()
     return rows
-
-
-def build_network(case: Case) -> nn.Module:
-    """The network's structure in fp32, as a training run builds it."""
-    from diffusers import PriorTransformer, UNet2DConditionModel
-
-    shapes = architecture(case.size)
-    module: nn.Module = (
-        PriorTransformer.from_config(shapes.prior)
-        if case.stage == "prior"
-        else UNet2DConditionModel.from_config(shapes.unet)
-    )
-    freeze_statistics(module)
-    return module.train()
-
-
-def random_weights(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    """Weights by name, small enough that no loss overflows; drawing them once is faster than initialising."""
-    with outside_zero_init(), torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in build().state_dict().items()}
-    return {name: torch.empty(shape).uniform_(-0.02, 0.02) for name, shape in shapes.items()}
-
-
-def workload(case: Case, process: Process) -> tuple[Objective, Prepared]:
-    """The stage's loss and a micro-batch of one sample as its frozen encoders would leave it."""
-    shapes = architecture(case.size)
-    normal = partial(torch.randn, device=process.device)
-    positions_B = torch.tensor([process.rank], device=process.device)
-    # Encoders and pixel statistics have done their part before the loss; it does not look at them.
-    absent: dict[str, Any] = {"image_encoder": nn.Identity(), "seed": 0}
-    pixels = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), torch.float32)
-    if case.stage == "prior":
-        width = shapes.prior["embedding_dim"]
-        prepared = Prepared(
-            positions_B,
-            normal(1, width),
-            {
-                "proj_embedding": normal(1, width),
-                "encoder_hidden_states": normal(1, MAX_TOKENS, width),
-                "attention_mask": torch.ones(1, MAX_TOKENS, dtype=torch.bool, device=process.device),
-            },
-        )
-        statistics_D = torch.ones(width, device=process.device)
-        prior = PriorObjective(
-            text_encoder=nn.Identity(),
-            clip_mean_D=statistics_D,
-            clip_std_D=statistics_D,
-            schedule=prior_schedule().to(process.device),
-            normalisation=pixels,
-            **absent,
-        )
-        return prior, prepared
-    from diffusers import DDPMScheduler
-
-    side, width = shapes.unet["sample_size"], shapes.unet["encoder_hid_dim"]
-    decoder = DecoderObjective(
-        movq=nn.Identity(),
-        zero_embedding_D=torch.zeros(width, device=process.device),
-        schedule=NoiseSchedule.of_scheduler(DDPMScheduler(**DECODER_SCHEDULER)).to(process.device),
-        clip_normalisation=pixels,
-        movq_normalisation=pixels,
-        image_embedding_dropout=0.0,
-        **absent,
-    )
-    channels = shapes.unet["in_channels"]
-    return decoder, Prepared(positions_B, normal(1, channels, side, side), {"image_embeds": normal(1, width)})

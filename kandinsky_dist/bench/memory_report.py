@@ -1,11 +1,10 @@
 """What `bench memory` measured, as Markdown. All figures come from the record."""
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from kandinsky_dist.bench.record import Record
-from kandinsky_dist.bench.render import Column, mib, percent, provenance, table
+from kandinsky_dist.bench.render import Column, mib, percent, provenance, table, wrapped
 from kandinsky_dist.bench.textbook import States, bytes_per_parameter
 
 AT_REST = ("accumulating", "before the step")
@@ -101,8 +100,8 @@ def to_markdown(record: Record) -> str:
     return "\n".join(
         [
             "# Memory of model states\n",
-            _wrapped(INTRODUCTION.format(world_size=world_size, size=record.setting["size"])) + "\n",
-            _wrapped(provenance(record)) + "\n",
+            wrapped(INTRODUCTION.format(world_size=world_size, size=record.setting["size"])) + "\n",
+            wrapped(provenance(record)) + "\n",
             *(_network(record, stage) for stage in dict.fromkeys(row["stage"] for row in record.rows)),
             _notes(record),
         ]
@@ -208,16 +207,5 @@ def _notes(record: Record) -> str:
     return (
         "## How to read it\n\n"
         "Bytes by parameter on one of N ranks, in the order weights, gradients, master copy, moments:\n\n"
-        f"{formulas}\n" + "".join(f"{_wrapped(note, bullet='- ')}\n" for note in notes)
-    )
-
-
-def _wrapped(text: str, *, bullet: str = "") -> str:
-    return textwrap.fill(
-        " ".join(text.split()),
-        width=116,
-        initial_indent=bullet,
-        subsequent_indent=" " * len(bullet),
-        break_long_words=False,
-        break_on_hyphens=False,
+        f"{formulas}\n" + "".join(f"{wrapped(note, bullet='- ')}\n" for note in notes)
     )

@@ -1,5 +1,6 @@
 """Markdown from records. Figures reach the documentation through here and are never typed."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,3 +52,15 @@ def provenance(record: Record) -> str:
     """Where the figures come from, in one sentence."""
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     return f"Measured {record.date} on {record.device} ({versions}) by `{record.command}`."
+
+
+def wrapped(text: str, *, bullet: str = "") -> str:
+    """A paragraph in lines of the documentation's width."""
+    return textwrap.fill(
+        " ".join(text.split()),
+        width=116,
+        initial_indent=bullet,
+        subsequent_indent=" " * len(bullet),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -28,6 +28,41 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="which networks")
     parser.add_argument("--world-size", type=int, default=2, help="processes; on CPUs where GPUs are fewer")
 
+    def comm(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.bench.comm import STRATEGIES, Plan, run
+
+        plan = Plan(
+            size=arguments.size,
+            strategies=tuple(name for name in STRATEGIES if name in arguments.strategy),
+            max_mib=arguments.max_mib,
+            micro_batch_size=arguments.micro_batch_size,
+            bucket_mib=arguments.bucket_mib,
+            num_repeats=arguments.repeats,
+        )
+        run(arguments.out, plan, world_size=arguments.world_size)
+
+    parser = command(
+        commands,
+        "comm",
+        comm,
+        "Bandwidth of collectives by size, and the share of a step that waits for communication.",
+    )
+    parser.add_argument("out", type=Path, help="folder for comm.json, comm.md and comm.png")
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        help="processes to start: one a GPU, or 2 on CPUs; under a launcher its ranks",
+    )
+    parser.add_argument("--size", choices=SIZES, default="small", help="prior, with random weights")
+    strategies = ("ddp", "zero1", "zero2", "zero3")
+    parser.add_argument(
+        "--strategy", nargs="+", choices=strategies, default=strategies, help="steps' engines"
+    )
+    parser.add_argument("--micro-batch-size", type=int, default=2, help="samples a step and rank")
+    parser.add_argument("--bucket-mib", type=float, default=25.0, help="MiB of a gradient bucket")
+    parser.add_argument("--max-mib", type=int, help="largest message, MiB: 256 on GPUs, 16 on CPUs")
+    parser.add_argument("--repeats", type=int, default=7, help="their median counts")
+
     def data(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.data import run
 
@@ -116,8 +151,8 @@ def add_bench(commands: Any) -> None:
     )
     parser.add_argument("--size", choices=SIZES, default="small", help="network, with random weights")
     parser.add_argument("--stage", choices=STAGES, default="prior", help="which network")
-    strategies = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
-    parser.add_argument("--strategy", nargs="+", choices=strategies, default=["ddp"], help="engines")
+    engines = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
+    parser.add_argument("--strategy", nargs="+", choices=engines, default=["ddp"], help="engines")
     parser.add_argument("--world-size", type=int, default=2, help="processes; on CPUs where GPUs are fewer")
     parser.add_argument("--repeats", type=int, default=5, help="saves of each kind; their median counts")
 

@@ -34,6 +34,7 @@ _NOT_NEGATIVE = (
     "optim.lr_warmup_steps",
     "optim.weight_decay",
     "optim.max_grad_norm",
+    "parallel.first_bucket_mib",
     "parallel.shard_size",
     "parallel.prefetch_blocks",
     "validation.every_steps",
@@ -58,6 +59,7 @@ def problems(resolved: Resolved, *, world_size: int) -> Iterator[str]:
     yield from _batch_arithmetic(config, world_size)
     yield from _combinations(resolved)
     yield from _sharding(resolved, world_size)
+    yield from _reduction(resolved)
     yield from _packages(config)
 
 
@@ -170,6 +172,36 @@ def _sharding(resolved: Resolved, world_size: int) -> Iterator[str]:
         )
     if parallel.shard_size > 0 and world_size % parallel.shard_size:
         yield f"parallel.shard_size={parallel.shard_size} must divide the number of ranks, {world_size}"
+
+
+def _reduction(resolved: Resolved) -> Iterator[str]:
+    parallel = resolved.config.parallel
+    is_set = {
+        name: resolved.origins[f"parallel.{name}"] != DEFAULT_ORIGIN
+        for name in ("bucket_mib", "first_bucket_mib", "overlap", "static_graph", "gradient_compression")
+    }
+    for name in ("first_bucket_mib", "static_graph", "gradient_compression"):
+        if is_set[name] and parallel.strategy != "ddp":
+            yield (
+                f"parallel.{name}={getattr(parallel, name)} needs parallel.strategy=ddp, it is "
+                f"{parallel.strategy}"
+            )
+    if is_set["overlap"] and parallel.overlap and parallel.strategy == "zero0":
+        yield "parallel.overlap=True needs another strategy than zero0, which reduces after backward: use ddp"
+    if not parallel.overlap and parallel.strategy == "fsdp2":
+        yield "parallel.overlap=False needs ddp or a zero strategy; fsdp2 always reduces beside backward"
+    if not parallel.overlap and parallel.strategy == "ddp":
+        for name in ("bucket_mib", "first_bucket_mib"):
+            if is_set[name]:
+                yield (
+                    f"parallel.{name}={getattr(parallel, name)} does nothing with overlap=False, where all "
+                    "gradients are one bucket: remove it"
+                )
+    if parallel.first_bucket_mib > parallel.bucket_mib:
+        yield (
+            f"parallel.first_bucket_mib={parallel.first_bucket_mib} must not be above bucket_mib="
+            f"{parallel.bucket_mib}: it is there to be smaller"
+        )
 
 
 def _corpus(data: DataConfig) -> Iterator[str]:

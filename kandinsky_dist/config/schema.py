@@ -134,6 +134,20 @@ class ParallelConfig:
     strategy: Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"] = option("ddp", "engine")
     precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 on a GPU, fp32 on a CPU")
     bucket_mib: float = option(25.0, "gradient bucket, MiB of the communicated type")
+    first_bucket_mib: float = option(
+        0.0, "ddp: smaller first bucket, MiB, so that reduction starts early; 0: as large as the others"
+    )
+    overlap: bool = option(
+        True,
+        "reduce gradients beside backward; false: after it (ddp: in one bucket), to see what it is worth; "
+        "zero0 always reduces after backward",
+    )
+    static_graph: bool = option(
+        False, "ddp: the same weights take part in every step, so DDP looks for them in the first one only"
+    )
+    gradient_compression: Literal["none", "bf16", "fp16"] = option(
+        "none", "ddp: type that gradients are summed in on their way; weights, gradients, moments stay fp32"
+    )
     shard_size: int = option(
         0,
         "fsdp2: neighbouring ranks that share one copy of the weights, e.g. the GPUs of a node; 0: all ranks",

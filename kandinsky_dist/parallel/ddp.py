@@ -15,6 +15,7 @@ from kandinsky_dist.parallel.base import (
     Strategy,
     load_initial,
 )
+from kandinsky_dist.parallel.ddp_reduction import COMPRESSED, bucket_arguments, reduce_compressed
 from kandinsky_dist.parallel.replicated import autocast_forward, guard_and_clip, owned_share, whole_fragments
 from kandinsky_dist.parallel.shares import gather_shares
 
@@ -36,14 +37,23 @@ class DDPStrategy(Strategy):
             self._ddp = DistributedDataParallel(
                 module,
                 device_ids=[self.process.device.index] if self.process.device.type == "cuda" else None,
-                bucket_cap_mb=self.config.parallel.bucket_mib,
                 gradient_as_bucket_view=True,
+                static_graph=self.config.parallel.static_graph,
+                **bucket_arguments(self.config.parallel),
             )
+            if self.config.parallel.gradient_compression != "none":
+                dtype = COMPRESSED[self.config.parallel.gradient_compression]
+                self._ddp.register_comm_hook(dtype, reduce_compressed)
+        self._must_learn_graph = self.config.parallel.static_graph
         return self._ddp or module
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Gradients stay local until the last micro-batch."""
-        return nullcontext() if is_last or self._ddp is None else self._ddp.no_sync()
+        # A static graph is learnt in the first backward, which must not be without reduction. It does no
+        # harm: the mean over ranks of what is already their mean is that mean.
+        is_reduced = is_last or self._must_learn_graph
+        self._must_learn_graph = False
+        return nullcontext() if is_reduced or self._ddp is None else self._ddp.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         """Plain backward; DDP's hooks reduce the buckets as they fill."""

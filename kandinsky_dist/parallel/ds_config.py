@@ -61,15 +61,39 @@ def complete(config: Config, *, world_size: int, num_micro: int, is_bf16: bool) 
             raise ConfigError(
                 f"parallel.ds_config={path} sets {key}, which optim.* owns: remove it from the file"
             )
+    if stage and not config.parallel.overlap:
+        owned["zero_optimization.overlap_comm"] = (False, "parallel.overlap")
     for dotted, (value, owner) in owned.items():
         _merge(settings, dotted.split("."), value, f"parallel.ds_config={path}", owner)
     zero = settings["zero_optimization"]
+    if stage and zero.get("overlap_comm", "auto") == "auto":
+        zero["overlap_comm"] = config.parallel.overlap
+    offload = zero.get("offload_optimizer")
+    if isinstance(offload, dict) and offload.get("device", "none") != "none":
+        _keep_state_readable(offload, path)
+        # The optimizer is torch's, which works on a CPU's tensors too, not DeepSpeed's own.
+        key = "zero_force_ds_cpu_optimizer"
+        _merge(settings, [key], False, f"parallel.ds_config={path}", "optim.*")
     # Elements, not bytes: the same bucket in MiB whatever the communicated type.
     num_elements = int(config.parallel.bucket_mib * 2**20) // (2 if is_bf16 else 4)
     num_elements = max(1, num_elements // BUCKET_UNIT) * BUCKET_UNIT
     zero.setdefault("reduce_bucket_size", num_elements)
     zero.setdefault("allgather_bucket_size", num_elements)
     return settings
+
+
+def _keep_state_readable(offload: dict[str, Any], path: Path) -> None:
+    """Refuses to offload the optimizer's state to where a checkpoint could not see it."""
+    if offload.get("device") == "nvme":
+        raise ConfigError(
+            f"parallel.ds_config={path} sets offload_optimizer.device=nvme, where checkpoints cannot read "
+            "the optimizer's state: use cpu (offload_param may be nvme)"
+        )
+    if offload.get("ratio", 1.0) != 1.0:
+        raise ConfigError(
+            f"parallel.ds_config={path} sets offload_optimizer.ratio={offload['ratio']}, for which DeepSpeed "
+            "makes a second optimizer that optim.* does not reach: remove it"
+        )
 
 
 def _merge(tree: dict[str, Any], path: list[str], value: Any, where: str, owner: str) -> None:

@@ -11,6 +11,7 @@ from helpers.command import DEFAULTS, STAGE_DEFAULTS, losses
 
 from kandinsky_dist.checkpoint.layout import CheckpointReader
 from kandinsky_dist.parallel.base import FRAGMENT_KINDS
+from kandinsky_dist.parallel.ds_config import shipped_file
 
 pytestmark = pytest.mark.dist
 
@@ -32,12 +33,15 @@ ENGINES = {
     "zero1": ("zero1", {}, 2),
     "zero2": ("zero2", {}, 2),
     "zero3": ("zero3", {}, 2),
+    "zero2_offload": ("zero2", {"parallel.ds_config": str(shipped_file("zero2_offload"))}, 2),
+    "zero3_offload": ("zero3", {"parallel.ds_config": str(shipped_file("zero3_offload"))}, 2),
 }
 READERS = [
     (name, world_size)
     for name in ENGINES
     for world_size in (1, 2, 3, 4)
     if name != "hsdp" or world_size == 4  # copies of shards of two
+    if "offload" not in name or world_size == 3  # cut as without it
 ]
 
 

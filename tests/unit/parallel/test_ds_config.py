@@ -26,9 +26,32 @@ def test_the_shipped_file_is_completed(strategy):
     assert found["gradient_clipping"] == (0.0 if strategy == "zero0" else 1.0)
 
 
+def test_a_bucket_of_any_size_is_one_that_deepspeed_takes():
+    sizes = [settings_of("zero2", **{"parallel.bucket_mib": mib}) for mib in (0.010006, 1e-9)]
+    assert [found["zero_optimization"]["allgather_bucket_size"] for found in sizes] == [5246, 2]
+
+
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
-def test_shipped_files_overlap_communication(strategy):
-    assert json.loads(shipped_file(strategy).read_text())["zero_optimization"]["overlap_comm"] is True
+@pytest.mark.parametrize("overlap", [True, False])
+def test_what_a_file_leaves_open_is_overlapped_as_the_run_says(strategy, overlap):
+    assert "overlap_comm" not in json.loads(shipped_file(strategy).read_text())["zero_optimization"]
+    found = settings_of(strategy, **{"parallel.overlap": overlap})
+    assert found["zero_optimization"]["overlap_comm"] is overlap
+
+
+def test_a_file_without_overlap_is_left_alone(tmp_path):
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"zero_optimization": {"overlap_comm": False}}))
+    assert settings_of("zero2", file)["zero_optimization"]["overlap_comm"] is False
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_offloading_keeps_our_optimizer(strategy):
+    found = settings_of(strategy, shipped_file(f"{strategy}_offload"))
+    assert found["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert found["zero_force_ds_cpu_optimizer"] is False
+    offloads_weights = "offload_param" in found["zero_optimization"]
+    assert offloads_weights is (strategy == "zero3")
 
 
 def test_a_users_own_settings_stay_and_auto_means_the_runs(tmp_path):
@@ -53,6 +76,21 @@ def test_a_users_own_settings_stay_and_auto_means_the_runs(tmp_path):
         ({"train_batch_size": 32}, r"train_batch_size=32, the run has 64 \(data\.global_batch_size\)"),
         ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage=3, the run has 2"),
         ({"bf16": {"enabled": False}}, r"bf16\.enabled=False, the run has True \(parallel\.precision\)"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}},
+            r"offload_optimizer\.device=nvme, where checkpoints cannot read",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            r"offload_optimizer\.ratio=0\.5, for which DeepSpeed makes a second optimizer",
+        ),
+        (
+            {
+                "zero_force_ds_cpu_optimizer": True,
+                "zero_optimization": {"offload_optimizer": {"device": "cpu"}},
+            },
+            r"zero_force_ds_cpu_optimizer=True, the run has False",
+        ),
         ({"optimizer": {"type": "AdamW"}}, r"sets optimizer, which optim\.\* owns"),
     ],
 )
@@ -61,3 +99,10 @@ def test_a_contradiction_is_one_line(content, line, tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=line):
         settings_of("zero2", file)
+
+
+def test_a_file_that_overlaps_contradicts_a_run_that_does_not(tmp_path):
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"zero_optimization": {"overlap_comm": True}}))
+    with pytest.raises(ConfigError, match=r"overlap_comm=True, the run has False \(parallel\.overlap\)"):
+        settings_of("zero2", file, **{"parallel.overlap": False})

@@ -1,0 +1,86 @@
+"""`bench comm` runs between processes of its own or a launcher's, and leaves record, page and picture."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.command import command
+
+from kandinsky_dist.bench.cases import to_markdown
+from kandinsky_dist.bench.record import Record
+
+pytestmark = pytest.mark.integration
+SMALL = ("--size", "tiny", "--max-mib", 1, "--repeats", 1, "--strategy", "ddp")
+
+
+def check(out: Path, strategies: list[str]) -> str:
+    """The page, after a look at what every record must have."""
+    assert sorted(path.name for path in out.iterdir()) == ["comm.json", "comm.md", "comm.png"]
+    rows = json.loads((out / "comm.json").read_text())["rows"]
+    collectives = [row for row in rows if row["kind"] == "collective"]
+    sizes = [4 * 2**10 * 4**power for power in range(5)]
+    assert {(row["collective"], row["dtype"], row["num_bytes"]) for row in collectives} == {
+        (name, dtype, size)
+        for name in ("all-reduce", "reduce-scatter", "all-gather")
+        for dtype in ("fp32", "bf16")
+        for size in sizes
+    }
+    steps = [(row["strategy"], row["communication"]) for row in rows if row["kind"] == "step"]
+    expected = [(name, when) for name in strategies for when in ("beside backward", "after backward")]
+    assert sorted(steps) == sorted([*expected, ("ddp", "none")])
+    assert all(len(row["seconds"]) == 1 and row["seconds"][0] > 0 for row in rows)
+    assert (out / "comm.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "comm.md").read_text()
+    assert to_markdown(out / "comm.json") == page
+    return page
+
+
+def test_alone_it_starts_its_own_ranks(tmp_path):
+    done = command("bench", "comm", tmp_path / "out", *SMALL, "zero2")
+    assert done.returncode == 0, done.stderr
+    page = check(tmp_path / "out", ["ddp", "zero2"])
+    assert done.stdout.endswith(page)
+    assert "2 ranks on 1 machine over gloo" in page
+
+
+def test_under_torchrun_it_measures_between_the_ranks_that_are_there(tmp_path):
+    done = command("bench", "comm", tmp_path / "out", *SMALL, world_size=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == check(tmp_path / "out", ["ddp"]), "rank 0 alone speaks"
+
+
+def test_one_rank_is_refused(tmp_path):
+    done = command("bench", "comm", tmp_path / "out", "--world-size", 1)
+    assert (done.returncode, done.stderr) == (
+        78,
+        "--world-size 1 must be 2 or more: one rank has nobody to talk to\n",
+    )
+
+
+def test_the_pages_figures_are_the_records(tmp_path):
+    def row(communication: str, milliseconds: float) -> dict[str, object]:
+        times = [milliseconds / 1e3, 0.001, 99.0]
+        return {"kind": "step", "strategy": "ddp", "communication": communication, "seconds": times}
+
+    setting = {
+        "world_size": 4, "num_nodes": 1, "backend": "gloo", "num_repeats": 3, "size": "small",
+        "num_parameters": 10, "precision": "float32", "micro_batch_size": 1, "bucket_mib": 25.0,
+    }  # fmt: skip
+    gathered = {"kind": "collective", "dtype": "fp32", "num_bytes": 2**20, "seconds": [2**20 / 1e9]}
+    rows = [
+        {**gathered, "collective": "all-reduce"},
+        {**gathered, "collective": "all-gather"},
+        row("beside backward", 120.0),
+        row("after backward", 180.0),
+        row("none", 100.0),
+    ]
+    path = tmp_path / "comm.json"
+    Record.now("comm", device="CPU", command="", setting=setting, rows=rows).save(path)
+    page = " ".join(to_markdown(path).split())
+    assert "| all-reduce | fp32 | 1 MiB | 1.049 | 1.00 | 1.50 |" in page  # 2 x 3/4
+    assert "| all-gather | fp32 | 1 MiB | 1.049 | 1.00 | 0.75 |" in page
+    assert "**20.0 ms** of a step are communication that nothing hides: 120.0 ms" in page
+    assert "After backward it costs 80.0 ms, of which overlap hides 75 %." in page
+    rows[2] = row("beside backward", 90.0)
+    Record.now("comm", device="CPU", command="", setting=setting, rows=rows).save(path)
+    assert "less than the machine's noise" in " ".join(to_markdown(path).split())
