@@ -12,8 +12,8 @@ from kandinsky_dist.config.schema import Config
 from kandinsky_dist.errors import ConfigError
 from kandinsky_dist.optional import require
 
-BUCKET_UNIT = 1024
-"""DeepSpeed wants bucket sizes in elements to be even; a round number of them costs nothing."""
+BUCKET_UNIT = 2
+"""DeepSpeed wants bucket sizes to be even, in elements."""
 
 
 def shipped_file(strategy: str) -> Path:
