@@ -1,7 +1,7 @@
 """`bench comm`: what the network between ranks can do, and how much of it a training step waits for.
 
-Collectives by size and type; then steps of one network that reduce gradients beside backward, after it, and
-not at all. Everything that is compared is measured in turns in the same processes.
+Collectives by size and type; then steps of one network that reduce gradients beside backward, without
+overlap, and not at all. Everything that is compared is measured in turns in the same processes.
 """
 
 import gc
@@ -165,7 +165,7 @@ def _call_often(exchange: Exchange, case: dict[str, Any]) -> None:
 
 
 def _step_rows(plan: Plan, name: str, process: Process) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A strategy's steps that reduce beside backward, after it, and (ddp) not at all; facts of the model."""
+    """A strategy's steps with overlap, without it and (ddp) without communication; facts of the model."""
     torch.manual_seed(0)
     objective, prepared = workload("prior", plan.size, process, num_samples=plan.micro_batch_size)
     forget_the_past()
@@ -177,7 +177,7 @@ def _step_rows(plan: Plan, name: str, process: Process) -> tuple[list[dict[str, 
             engine.strategy.backward(objective.losses(engine.model, prepared).mean())
         engine.strategy.step(learning_rate=0.0)  # ranks whose gradients differ keep the same weights
 
-    kinds = {"beside backward": (True, True), "after backward": (False, True)}
+    kinds = {"overlapped": (True, True), "not overlapped": (False, True)}
     if name == "ddp":  # ZeRO updates nothing without a reduction
         kinds["none"] = (True, False)
     times = _in_turns([partial(step, *kind) for kind in kinds.values()], plan.num_repeats, process)

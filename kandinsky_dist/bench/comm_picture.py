@@ -11,7 +11,7 @@ from kandinsky_dist.optional import require
 COLOURS = ("#4477aa", "#cc3311", "#228833")
 LINES = {"fp32": "-", "bf16": "--"}
 GRID_COLOUR = "#dddddd"
-COMMUNICATION_COLOURS = {"beside backward": "#4477aa", "after backward": "#cc3311", "none": "#bbbbbb"}
+COMMUNICATION_COLOURS = {"overlapped": "#4477aa", "not overlapped": "#cc3311", "none": "#bbbbbb"}
 
 
 def require_matplotlib() -> Any:

@@ -22,16 +22,17 @@ reduce-scatter) or gets out (all-gather).
 """
 STEPS = """
 Forward, backward and AdamW of the prior of `--size {size}` ({num_parameters:,} trained parameters,
-{precision}) with {batch} a rank and buckets of {bucket_mib:g} MiB. *none* leaves gradients unreduced
-(`no_sync`); ZeRO cannot step without reducing them, so it has no such row.
+{precision}) with {batch} a rank and buckets of {bucket_mib:g} MiB. *Not overlapped*: ddp reduces all
+gradients in one bucket after backward, in ZeRO backward waits for every bucket. *None* leaves gradients
+unreduced (`no_sync`); ZeRO cannot step without reducing them, so it has no such row.
 """
 EXPOSED = """
-Under ddp **{exposed:.1f} ms** of a step are communication that nothing hides: {beside:.1f} ms beside backward
-less {none:.1f} ms without any. After backward it costs {whole:.1f} ms, of which overlap hides {hidden:.0f} %.
+Under ddp **{exposed:.1f} ms** of a step are communication that nothing hides: {overlapped:.1f} ms less the
+{none:.1f} ms without any. Not overlapped it costs {whole:.1f} ms, of which overlap hides {hidden:.0f} %.
 """
 IN_NOISE = """
-Under ddp the medians are not in the order that communication has (none, beside backward, after backward):
-what it costs here is less than the machine's noise.
+Under ddp the medians are not in the order that communication has (none, overlapped, not overlapped): what it
+costs here is less than the machine's noise.
 """
 
 
@@ -108,18 +109,18 @@ def _steps(record: Record) -> list[str]:
     ]
     times = {row["communication"]: milliseconds(row) for row in rows if row["strategy"] == "ddp"}
     if times:
-        parts.append(_exposed(times["beside backward"], times["after backward"], times["none"]))
+        parts.append(_exposed(times["overlapped"], times["not overlapped"], times["none"]))
     return parts
 
 
-def _exposed(beside: float, after: float, none: float) -> str:
-    if not none <= beside <= after or none == after:
+def _exposed(overlapped: float, not_overlapped: float, none: float) -> str:
+    if not none <= overlapped <= not_overlapped or none == not_overlapped:
         return wrapped(IN_NOISE) + "\n"
     figures = {
-        "exposed": beside - none,
-        "beside": beside,
+        "exposed": overlapped - none,
+        "overlapped": overlapped,
         "none": none,
-        "whole": after - none,
-        "hidden": 100 * (after - beside) / (after - none),
+        "whole": not_overlapped - none,
+        "hidden": 100 * (not_overlapped - overlapped) / (not_overlapped - none),
     }
     return wrapped(EXPOSED.format(**figures)) + "\n"

@@ -139,8 +139,8 @@ class ParallelConfig:
     )
     overlap: bool = option(
         True,
-        "reduce gradients beside backward; false: after it (ddp: in one bucket), to see what it is worth; "
-        "zero0 always reduces after backward",
+        "reduce gradients beside backward; false, to see what that is worth: ddp reduces one bucket after "
+        "backward, in zero1 to zero3 backward waits for each bucket; zero0 always reduces after backward",
     )
     static_graph: bool = option(
         False, "ddp: the same weights take part in every step, so DDP looks for them in the first one only"

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kandinsky_dist.checkpoint.layout import CheckpointReader, write_fragments
+from kandinsky_dist.checkpoint.layout import CheckpointReader, RankTensors, write_tensors
 from kandinsky_dist.config.schema import Config, DataConfig, OptimConfig, ParallelConfig
 from kandinsky_dist.optim.adamw import build_adamw
 from kandinsky_dist.parallel.base import Fragment, ModelPlan, Strategy
@@ -109,18 +109,18 @@ def _train(name: str, case: dict[str, Any], out: Path, process: Process) -> None
     facts: dict[str, Any] = {"errors": []}
     for step in range(first_step, NUM_STEPS):
         if step == HALF:
-            write_fragments(out / f"{name}_half" / file, strategy.fragments())
+            write_tensors(out / f"{name}_half" / file, RankTensors.of(strategy.fragments()))
         _accumulate(strategy, model, step, process, num_micro, facts)
         strategy.step(learning_rate=LEARNING_RATE)
         for average, fragment in zip(averages, strategy.fragments(), strict=True):
             average.lerp_(fragment.master, 1 - EMA_DECAY)
     held = strategy.fragments()
-    write_fragments(out / name / file, held)
+    write_tensors(out / name / file, RankTensors.of(held))
     moved = [
         Fragment(item.name, item.start, item.numel, average, item.exp_avg, item.exp_avg_sq)
         for item, average in zip(held, averages, strict=True)
     ]
-    write_fragments(out / f"{name}_average" / file, moved)
+    write_tensors(out / f"{name}_average" / file, RankTensors.of(moved))
     if isinstance(strategy, DDPStrategy) and first_step < NUM_STEPS:
         assert strategy._ddp is not None
         sizes = strategy._ddp._get_ddp_logging_data()["rebuilt_bucket_sizes"]
