@@ -58,7 +58,8 @@ def go_on_from(stage: str, settings: dict[str, Any], checkpoints: dict[str, Path
             reader = CheckpointReader(folder)
             trainer.strategy.load_fragments(reader, num_steps=reader.state.run.num_updates)
             trainer.state = reader.state.run
-            write_tensors(out / name / f"rank_{process.rank:05d}.safetensors", RankTensors.of(trainer.strategy.fragments()))
+            held = RankTensors.of(trainer.strategy.fragments())
+            write_tensors(out / name / f"rank_{process.rank:05d}.safetensors", held)
             steps, losses = trainer.loader.steps(trainer.state.samples_consumed), []
             for _ in range(num_steps):
                 loss, _outcome = train_step(
