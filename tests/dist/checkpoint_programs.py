@@ -90,7 +90,7 @@ def same_files(
 def answers_while_writing(
     strategy: Strategy, state: RunState, beside: CheckpointManager, process: Process
 ) -> list[bool]:
-    """Questions of the main threads while the others agree on a checkpoint: whether each answer is its own."""
+    """Questions of the main threads while others agree on a checkpoint: whether each answer is its own."""
     beside.save(strategy, state)
     found, number = [], 0
     is_writing = True

@@ -150,11 +150,7 @@ def content(checkpoint: Path) -> dict[str, str]:
     """Every saved value of a checkpoint, digested, by name and kind."""
     reader = CheckpointReader(checkpoint)
     return {
-        f"{name}/{kind}": hashlib.sha256(
-            reader.read(name, kind, 0, numel).numpy().tobytes()
-        ).hexdigest()
+        f"{name}/{kind}": hashlib.sha256(reader.read(name, kind, 0, numel).numpy().tobytes()).hexdigest()
         for name, numel in reader.numels.items()
         for kind in FRAGMENT_KINDS
     }
-
-

@@ -46,7 +46,9 @@ def saved_names(folder: Path) -> set[str]:
     return set(CheckpointReader(folder).numels)
 
 
-def go_on_from(stage: str, settings: dict[str, Any], checkpoints: dict[str, Path], num_steps: int, out: Path) -> None:
+def go_on_from(
+    stage: str, settings: dict[str, Any], checkpoints: dict[str, Path], num_steps: int, out: Path
+) -> None:
     """Loads one checkpoint after another into one trainer; leaves what it then holds, and its next losses.
 
     OUT/NAME/rank_*.safetensors are the fragments after loading, OUT/NAME/losses.json the global losses.
@@ -90,7 +92,9 @@ class ScalarReads(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator.overloadpacket in self.OPERATORS:
             # Whose code it is: the innermost frame outside torch.
-            frames = [frame for frame in reversed(traceback.extract_stack()) if "/torch/" not in frame.filename]
+            frames = [
+                frame for frame in reversed(traceback.extract_stack()) if "/torch/" not in frame.filename
+            ]
             frame = next(frame for frame in frames if not frame.filename.endswith("programs.py"))
             self.readers[f"{frame.filename}:{frame.lineno}"] += 1
         return operator(*args, **(kwargs or {}))

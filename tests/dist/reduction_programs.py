@@ -57,8 +57,13 @@ def plain_training() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Parameters after the steps, and their moving average, by torch alone in one process."""
     model = Net()
     model.load_state_dict(weights(0))
-    matrices, others = ([item for item in model.parameters() if (item.ndim > 1) is wanted] for wanted in (True, False))
-    groups = [{"params": matrices, "weight_decay": OPTIM.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    matrices, others = (
+        [item for item in model.parameters() if (item.ndim > 1) is wanted] for wanted in (True, False)
+    )
+    groups = [
+        {"params": matrices, "weight_decay": OPTIM.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, foreach=False, fused=False)
     averages = {name: item.detach().clone() for name, item in model.named_parameters()}
     for step in range(NUM_STEPS):
@@ -75,7 +80,7 @@ def plain_training() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def train_all(cases: Mapping[str, Mapping[str, Any]], out: Path) -> None:
     """Trains each case; OUT/CASE/rank_*.safetensors are its fragments, OUT/CASE/facts_RANK.json what it saw.
 
-    A case is settings of `parallel`, and `num_micro`, the `seed` of its initial weights, and `load_from`: what
+    A case is settings of `parallel`, `num_micro`, the `seed` of its initial weights, and `load_from`: what
     it goes on from, half-way (NAME_half, left by case NAME) or at the end (NAME), where nothing is trained.
     """
     with joined() as process:

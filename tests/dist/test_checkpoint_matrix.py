@@ -101,4 +101,7 @@ def assert_same_bits(saved: CheckpointReader, held: CheckpointReader) -> None:
     assert saved.numels == held.numels
     for name, numel in saved.numels.items():
         for kind in FRAGMENT_KINDS:
-            assert torch.equal(saved.read(name, kind, 0, numel), held.read(name, kind, 0, numel)), (name, kind)
+            assert torch.equal(saved.read(name, kind, 0, numel), held.read(name, kind, 0, numel)), (
+                name,
+                kind,
+            )

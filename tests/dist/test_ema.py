@@ -149,7 +149,9 @@ def test_averages_are_those_of_a_plain_loop_with_a_skipped_step(engine, by_engin
             assert_same_bits(values(saved, f"ema_{decay}"), average)
             assert saved.state.run.num_averaged == {f"ema_{decay}": step - 1 for decay in DECAYS}
         assert any(not np.array_equal(average[name], trained[name]) for name in trained)
-    before, after = (values(found.written_down(f"after_{step}"), "master") for step in (BAD_STEP - 1, BAD_STEP))
+    before, after = (
+        values(found.written_down(f"after_{step}"), "master") for step in (BAD_STEP - 1, BAD_STEP)
+    )
     assert_same_bits(before, after)
 
 

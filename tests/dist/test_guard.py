@@ -245,9 +245,7 @@ def test_a_spike_is_passed_over_and_too_many_end_the_run(settings, tmp_path):
     assert "the run began at step 14 of another run" in errors[8]
 
 
-def test_a_learning_rate_that_is_too_high_ends_the_command_with_one_line(
-    tiny_models, small_corpus, tmp_path
-):
+def test_a_learning_rate_that_is_too_high_ends_the_command_with_one_line(tiny_models, small_corpus, tmp_path):
     places = {"models": tiny_models, "corpus": small_corpus, "run_dir": tmp_path, "world_size": 2}
     settings = ("guard.max_nonfinite_steps=3", "guard.max_rollbacks=1", "run.max_steps=20")
     rates = ("optim.learning_rate=1e30", "optim.max_grad_norm=0")

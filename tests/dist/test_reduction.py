@@ -22,7 +22,11 @@ BUCKETS_MIB = (0.01, 0.03)  # one layer, three layers
 ACCUMULATIONS = (1, 3)
 
 DDP = {
-    f"ddp_{bucket}_{static}_{num_micro}": {"bucket_mib": bucket, "static_graph": static, "num_micro": num_micro}
+    f"ddp_{bucket}_{static}_{num_micro}": {
+        "bucket_mib": bucket,
+        "static_graph": static,
+        "num_micro": num_micro,
+    }
     for bucket, static, num_micro in product(BUCKETS_MIB, (False, True), ACCUMULATIONS)
 }
 AFTER = {
@@ -109,7 +113,10 @@ def facts(runs: Path, case: str) -> dict[str, Any]:
 
 
 ZERO = [
-    *(f"{stage}_{bucket}_{overlap}" for stage, bucket, overlap in product(STAGES, BUCKETS_MIB, (True, False))),
+    *(
+        f"{stage}_{bucket}_{overlap}"
+        for stage, bucket, overlap in product(STAGES, BUCKETS_MIB, (True, False))
+    ),
     *(
         f"{stage}_offload_{bucket}_{overlap}"
         for stage, bucket, overlap in product(OFFLOADED, BUCKETS_MIB, (True, False))
