@@ -43,8 +43,8 @@ def base(tiny_models, small_corpus):
         "checkpoint.every_steps": NUM_STEPS,
         "telemetry.log_every_steps": NUM_STEPS,
         "optim.weight_decay": 0.01,
-        # With the usual 1e-8 AdamW takes whole steps of gradients that are nothing but rounding, such as that of
-        # a key's bias, which is 0. With this its steps are in proportion to gradients of the size we have.
+        # With the usual 1e-8 AdamW takes whole steps of gradients that are nothing but rounding, as that of a
+        # key's bias, which is 0. With this its steps are in proportion to gradients of the size we have.
         "optim.adam_epsilon": 1e-4,
     }
 
