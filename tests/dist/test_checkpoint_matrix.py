@@ -1,6 +1,7 @@
 """A checkpoint that any strategy wrote loads under any other at any world size: bit for bit, and goes on."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,12 @@ ENGINES = {
     "zero2_offload": ("zero2", {"parallel.ds_config": str(shipped_file("zero2_offload"))}, 2),
     "zero3_offload": ("zero3", {"parallel.ds_config": str(shipped_file("zero3_offload"))}, 2),
 }
+IS_CAMPAIGN = "KANDINSKY_DIST_CAMPAIGN" in os.environ
+"""World sizes 1 to 4 under each engine; else 3, which divides no parameter evenly, and HSDP's 4."""
 READERS = [
     (name, world_size)
     for name in ENGINES
-    for world_size in (1, 2, 3, 4)
+    for world_size in ((1, 2, 3, 4) if IS_CAMPAIGN or name == "hsdp" else (3,))
     if name != "hsdp" or world_size == 4  # copies of shards of two
     if "offload" not in name or world_size == 3  # cut as without it
 ]

@@ -1,5 +1,6 @@
 """Every strategy at every world size trains what one process trains: the same keys, the same losses."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ SETTINGS = (
     "optim.weight_decay=0.01",
     "objective.snr_gamma=5.0",
 )
+IS_CAMPAIGN = "KANDINSKY_DIST_CAMPAIGN" in os.environ
+"""Four ranks on the two cores of a small machine take their time; HSDP has four in any case."""
 STRATEGIES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 HYBRID = ("parallel.shard_size=2",)
 
@@ -31,7 +34,7 @@ def one_process(request, tiny_models, small_corpus, tmp_path_factory) -> tuple[s
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4] if IS_CAMPAIGN else [1, 2])
 def test_losses_and_keys_are_those_of_one_process(
     one_process, strategy, world_size, tiny_models, small_corpus, tmp_path
 ):
