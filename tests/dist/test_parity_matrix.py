@@ -32,7 +32,7 @@ ENGINES = {
 
 
 def combinations(ways):
-    """Micro-batches x ways to communicate x recomputation: all in a campaign, else each value of them once."""
+    """Micro-batches x ways to communicate x recomputation: all in a campaign, else each value once."""
     every = list(product((1, 3), ways, (False, True)))
     return every if "KANDINSKY_DIST_CAMPAIGN" in os.environ else [every[0], every[-1]]
 
