@@ -18,6 +18,7 @@ from kandinsky_dist.telemetry.sinks import read_metrics
 
 pytestmark = pytest.mark.dist
 
+LOADING_DIFFERENTLY = ("ddp", "fsdp2", "zero2", "zero3")
 STRATEGIES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 BATCH, NUM_STEPS = 4, 12
 NAN = float("nan")
@@ -114,9 +115,12 @@ def test_a_run_of_nonfinite_steps_is_passed_over_under_any_strategy(settings, sm
             Run(settings(at["guarded"], **common), later),
             Run(settings(at["by-hand"], **common, run__max_steps=4)),
             Run(settings(at["by-hand"], **common), moved_to=12 * BATCH),
-            Run(settings(at["initial"], **common), first),
-            Run(settings(at["initial-by-hand"], **common), moved_to=8 * BATCH),
         ]
+        if strategy in LOADING_DIFFERENTLY:
+            mine += [
+                Run(settings(at["initial"], **common), first),
+                Run(settings(at["initial-by-hand"], **common), moved_to=8 * BATCH),
+            ]
         if strategy == "ddp":
             mine.append(Run(settings(at["again"], **common), later))
         for run in mine:  # the rate does not depend on run.max_steps, which the parts differ in
@@ -130,27 +134,29 @@ def test_a_run_of_nonfinite_steps_is_passed_over_under_any_strategy(settings, sm
         if (folder / "again").exists():
             assert last_weights(folder / "guarded") == last_weights(folder / "again"), strategy
         assert last_weights(folder / "guarded") == last_weights(folder / "by-hand"), strategy
-        assert last_weights(folder / "initial") == last_weights(folder / "initial-by-hand"), strategy
         assert [path.name for path in checkpoints_of(folder / "guarded" / "checkpoints")] == [
             "step_00000012",
             "step_00000010",
         ]
         shards = small_corpus / "train"
         assert keys(folder / "guarded") == expected_keys(shards, [*range(1, 5), *range(13, 21)])
-        assert keys(folder / "initial") == expected_keys(shards, list(range(9, 21)))
         (went_back,) = rollbacks(folder / "guarded")
         assert went_back["step"] == 12
         assert went_back["diverged_since_step"] == 6
         assert went_back["reason"] == "6 non-finite steps in a row"
         assert went_back["checkpoint"] == "step_00000004"
         assert (went_back["first_position"], went_back["last_position"]) == (4 * BATCH, 12 * BATCH - 1)
-        (went_back,) = rollbacks(folder / "initial")
-        assert went_back["checkpoint"] == "the initial weights"
-        assert (went_back["first_position"], went_back["last_position"]) == (0, 8 * BATCH - 1)
         assert [
             (entry["step"], entry["rollbacks"], entry["samples_consumed"])
             for entry in metrics(folder / "guarded")
         ] == [(4, 0, 4 * BATCH), (8, 1, 16 * BATCH), (12, 1, 20 * BATCH)]
+    for strategy in LOADING_DIFFERENTLY:
+        folder = tmp_path / strategy
+        assert last_weights(folder / "initial") == last_weights(folder / "initial-by-hand"), strategy
+        assert keys(folder / "initial") == expected_keys(small_corpus / "train", list(range(9, 21)))
+        (went_back,) = rollbacks(folder / "initial")
+        assert went_back["checkpoint"] == "the initial weights"
+        assert (went_back["first_position"], went_back["last_position"]) == (0, 8 * BATCH - 1)
 
 
 MOMENTS = ("commit before", "commit after", "log after", "removal before", "removal after", "loading after")
