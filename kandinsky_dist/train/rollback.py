@@ -39,7 +39,7 @@ class Guard:
         plan: ModelPlan,
         process: Process,
     ) -> None:
-        self._guard = guard
+        self.config = guard
         self._run_dir = run_dir
         self._checkpoints = checkpoints
         self._plan = plan
@@ -56,7 +56,7 @@ class Guard:
             skipped: whether the step was skipped.
         """
         state.num_skipped_steps += sum(skipped)
-        return state.health.judge(self._guard, state.step - len(losses) + 1, losses, skipped)
+        return state.health.judge(self.config, state.step - len(losses) + 1, losses, skipped)
 
     def go_back(
         self, strategy: Strategy, state: RunState, divergence: Divergence
@@ -122,10 +122,10 @@ class Guard:
         The same at the time and at every later start: a run that is killed between the two loses nothing.
         """
         agree.decided_by_first(lambda: self._write_down(rollback))
-        if rollback.number > self._guard.max_rollbacks:
+        if rollback.number > self.config.max_rollbacks:
             raise DivergedError(
                 f"diverged since step {rollback.diverged_since_step}: {rollback.reason}; the run has gone "
-                f"back as often as guard.max_rollbacks={self._guard.max_rollbacks} allows: lower "
+                f"back as often as guard.max_rollbacks={self.config.max_rollbacks} allows: lower "
                 f"optim.learning_rate, look at samples {rollback.first_position:,} to "
                 f"{rollback.last_position:,} ({self._run_dir / LOG}), and go on from {_name(rollback)} with "
                 f"guard.max_rollbacks={rollback.number}"
