@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+from kandinsky_dist.data.remote.fetch import forget_connections
+
 PIECE_BYTES = 64 * 1024
 
 
@@ -208,12 +210,14 @@ def aws_environment(endpoint: str) -> Iterator[None]:
     for name in before:
         del os.environ[name]
     os.environ.update(wanted)
+    forget_connections()  # those that an earlier test left go to an earlier server
     try:
         yield
     finally:
         for name in wanted:
             os.environ.pop(name, None)
         os.environ.update(before)
+        forget_connections()
 
 
 @contextmanager

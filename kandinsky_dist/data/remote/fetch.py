@@ -138,13 +138,14 @@ class Fetcher:
 _fetchers: "weakref.WeakSet[Fetcher]" = weakref.WeakSet()
 
 
-def _renew_all() -> None:
+def forget_connections() -> None:
+    """Makes every fetcher of this process connect anew, by the settings that then hold."""
     for fetcher in list(_fetchers):
         fetcher._renew()
 
 
 # A forked process must neither write to its parent's connections nor wait for locks of threads it lacks.
-os.register_at_fork(after_in_child=_renew_all)
+os.register_at_fork(after_in_child=forget_connections)
 
 _default = Fetcher()
 fetch_whole = _default.fetch_whole

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 
 import pytest
 import torch
@@ -118,9 +119,13 @@ def test_a_data_error_is_the_same_line_from_a_worker(tmp_path, num_workers):
 
 
 def workers_of_this_process():
+    # A thread may end between the look at its name and the look into it.
     found = []
     for task in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{task}/children") as file:
+        with (
+            suppress(FileNotFoundError, ProcessLookupError),
+            open(f"/proc/self/task/{task}/children") as file,
+        ):
             found += [int(pid) for pid in file.read().split()]
     return found
 
