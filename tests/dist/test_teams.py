@@ -24,7 +24,9 @@ def team(tmp_path):
     yield make
     for item in made:
         item.close()
-    assert not [child.cmdline() for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    assert not [
+        child.cmdline() for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())
+    ]
 
 
 def test_cases_alternate_in_processes_that_stay(team, tmp_path):
