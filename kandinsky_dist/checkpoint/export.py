@@ -35,7 +35,7 @@ def export(run: Path, out: Path, *, ema: str | None = None) -> str:
         CheckpointError: there is no whole checkpoint.
         ConfigError: the pipeline that the run started from is gone, or there is no such average.
     """
-    folder = _checkpoint_folder(run)
+    folder = whole_checkpoint(run)
     config = yaml.safe_load((folder / CONFIG).read_text())
     source = trained_source(config)
     reader = CheckpointReader(folder)
@@ -76,7 +76,12 @@ def trained_source(config: dict[str, Any]) -> ModelSource:
     return ModelSource(folder, component)
 
 
-def _checkpoint_folder(run: Path) -> Path:
+def whole_checkpoint(run: Path) -> Path:
+    """The newest whole checkpoint of a run folder, or the checkpoint folder itself.
+
+    Raises:
+        CheckpointError: there is none, or it is not whole.
+    """
     if not run.is_dir():
         raise CheckpointError(f"{run} is no folder: give a run folder or one of its checkpoints")
     if (run / COMMIT).exists():

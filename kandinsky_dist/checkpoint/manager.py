@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kandinsky_dist.checkpoint.background import Background
+from kandinsky_dist.checkpoint.foreign.kinds import CONVERTIBLE, saved_by
 from kandinsky_dist.checkpoint.layout import (
     COMMIT,
     TEMPORARY,
@@ -221,6 +222,12 @@ class CheckpointManager:
             return Found(path, ())
         found = newest_whole(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
         if found.folder is None:
+            origin = saved_by(path)
+            if origin in CONVERTIBLE:
+                raise CheckpointError(
+                    f"run.resume={path} is {origin.value}: make one of ours of it with kandinsky-dist "
+                    f"checkpoint convert {path} OUT"
+                )
             raise CheckpointError(f"run.resume={path}: no whole checkpoint there")
         return found
 

@@ -85,15 +85,7 @@ class Writer:
             raise
 
     def _finish(self, temporary: Path, final: Path, files: dict[str, Any], state: RunState) -> None:
-        write_state(temporary / STATE, SavedState(state, self._identity, _versions()))
-        write_whole(temporary / CONFIG, self._config_yaml)
-        for name in (STATE, CONFIG):
-            files[name] = checksum(temporary / name)
-        if final.exists():  # a damaged one, or one of the steps that run.resume=PATH went back behind
-            remove(final)
-        temporary.replace(final)
-        sync(final.parent)
-        write_whole(final / COMMIT, json.dumps({"files": files}, indent=1) + "\n")
+        commit(temporary, final, files, SavedState(state, self._identity, versions()), self._config_yaml)
         self._retain(state.health.last_healthy_step)
 
     def _retain(self, last_healthy_step: int) -> None:
@@ -125,6 +117,27 @@ class Writer:
         return result
 
 
+def commit(temporary: Path, final: Path, files: dict[str, Any], saved: SavedState, config_yaml: str) -> None:
+    """Makes a whole checkpoint of a folder in which the tensors of all ranks are; durable on return.
+
+    Args:
+        temporary: the folder, which is renamed.
+        final: replaced where it is there: a damaged one, or one of the steps that run.resume=PATH went back
+            behind.
+        files: checksum of each file of tensors, by its name.
+        saved: goes into state.json.
+        config_yaml: the resolved configuration.
+    """
+    write_state(temporary / STATE, saved)
+    write_whole(temporary / CONFIG, config_yaml)
+    files = files | {name: checksum(temporary / name) for name in (STATE, CONFIG)}
+    if final.exists():
+        remove(final)
+    temporary.replace(final)
+    sync(final.parent)
+    write_whole(final / COMMIT, json.dumps({"files": files}, indent=1) + "\n")
+
+
 def _fresh(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -136,7 +149,8 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What writes checkpoints here: package -> version."""
     found = {}
     for package in _VERSIONED:
         try:

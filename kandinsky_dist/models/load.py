@@ -173,21 +173,23 @@ class ModelSource:
     folder: Path
     """Pipeline folder, as `pipeline_folder` returned it."""
     component: Component
+    own_folder: Path | None = None
+    """The network's folder where it is not the pipeline's."""
 
     @property
     def path(self) -> Path:
         """The component's own folder."""
-        return self.folder / self.component
+        return self.own_folder or self.folder / self.component
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """config.json of the network."""
-        return _read_json(self.path / "config.json", str(self.folder))
+        return _read_json(self.path / "config.json", str(self.path.parent))
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every weight, from the files' headers."""
-        return _tensor_shapes(self.path, "diffusers", str(self.folder))
+        return _tensor_shapes(self.path, "diffusers", str(self.path.parent))
 
     def build(self) -> nn.Module:
         """The structure alone, fp32 and in training mode; no weights are read.
@@ -216,7 +218,7 @@ class ModelSource:
 
         self._check_shapes()
         tensors: dict[str, Tensor] = {}
-        for path in weight_files(self.path, "diffusers", str(self.folder)):
+        for path in weight_files(self.path, "diffusers", str(self.path.parent)):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     tensors[name] = file.get_tensor(name)
