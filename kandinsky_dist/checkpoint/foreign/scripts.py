@@ -61,10 +61,10 @@ def read_script_folder(folder: Path, *, step: int | None, global_batch_size: int
     weights = {"master": source.state_dict()}
     moments, num_updates = _moments(folder / "optimizer.bin", shapes)
     run = begun_at(step, num_updates=num_updates, samples_consumed=step * global_batch_size, where=folder)
-    average = ModelSource(folder, component, folder / f"{component}_ema")
-    if average.path.is_dir():
+    average = folder / f"{component}_ema"
+    if average.is_dir():
         kind, run.num_averaged[kind] = _average(average)
-        weights[kind] = average.state_dict()
+        weights[kind] = source.with_weights(str(average)).state_dict()
     trained = {name: shape.numel() for name, shape in shapes.items() if name not in STATISTICS}
 
     def read(name: str, kind: str) -> Tensor:
@@ -129,18 +129,19 @@ def _words(shape: torch.Size | None) -> str:
     return "missing" if shape is None else str(list(shape))
 
 
-def _average(source: ModelSource) -> tuple[str, int]:
+def _average(folder: Path) -> tuple[str, int]:
     """The kind of a saved average, and how many steps are in it."""
-    settings = source.config
+    try:
+        settings = json.loads((folder / "config.json").read_text())
+        kind, num_updates = kind_of(float(settings["decay"])), int(settings["optimization_step"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}/config.json is not that of an average: {error}") from error
     other = {
         key: settings.get(key) for key, value in _PLAIN_AVERAGE.items() if settings.get(key, value) != value
     }
     if other:
         raise CheckpointError(
-            f"{source.path} is an average with {json.dumps(other)}, which optim.ema_decay does not compute: "
+            f"{folder} is an average with {json.dumps(other)}, which optim.ema_decay does not compute: "
             "remove the folder to go on without it"
         )
-    try:
-        return kind_of(float(settings["decay"])), int(settings["optimization_step"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source.path}/config.json is not that of an average: {error}") from error
+    return kind, num_updates
