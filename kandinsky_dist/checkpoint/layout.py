@@ -212,8 +212,17 @@ class CheckpointReader:
 
     @cached_property
     def state(self) -> SavedState:
-        """The checkpoint's state.json."""
-        return read_state(self.folder)
+        """The checkpoint's state.json.
+
+        Raises:
+            CheckpointError: it cannot be read, or not by this version.
+        """
+        try:
+            return read_state(self.folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.folder / STATE} cannot be read ({error}): was it written by another version?"
+            ) from error
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Values [start, stop) of the flattened parameter, 1-D fp32 on the CPU.
@@ -243,5 +252,8 @@ class CheckpointReader:
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:
-            self._files[path] = safe_open(path, framework="pt").__enter__()
+            try:
+                self._files[path] = safe_open(path, framework="pt").__enter__()
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} is gone or damaged since it was found: {error}") from error
         return self._files[path]

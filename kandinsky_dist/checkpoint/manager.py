@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kandinsky_dist.checkpoint.background import Background
+from kandinsky_dist.checkpoint.foreign.kinds import CONVERTIBLE, saved_by
 from kandinsky_dist.checkpoint.layout import (
     COMMIT,
     TEMPORARY,
@@ -32,10 +33,11 @@ from kandinsky_dist.runtime.process import Process
 
 @dataclass(frozen=True)
 class Found:
-    """The newest whole checkpoint of a folder, and the ones that were passed over with the reason."""
+    """The newest whole checkpoint of a folder, what was passed over with the reason, and what is damaged."""
 
     folder: Path | None
     passed_over: tuple[str, ...]
+    damaged: tuple[Path, ...] = ()
 
 
 def newest_whole(folder: Path, *, at_most_step: int | None = None) -> Found:
@@ -50,6 +52,7 @@ def newest_whole(folder: Path, *, at_most_step: int | None = None) -> Found:
     """
     unfinished = sorted(folder.glob(f"step_*{TEMPORARY}"), reverse=True)
     passed_over = [f"{path}: its writing was cut off" for path in unfinished]
+    damaged: list[Path] = []
     was_finished = False
     rollback = read_rollback(folder)
     for path in checkpoints_of(folder):
@@ -58,8 +61,9 @@ def newest_whole(folder: Path, *, at_most_step: int | None = None) -> Found:
             continue
         reason = damage(path)
         if reason is None:
-            return Found(path, tuple(passed_over))
+            return Found(path, tuple(passed_over), tuple(damaged))
         passed_over.append(f"{path}: {reason}")
+        damaged.append(path)
         was_finished |= (path / COMMIT).exists()
     if was_finished:
         raise CheckpointError(
@@ -148,6 +152,8 @@ class CheckpointManager:
     def find(self, resume: str, allow_change: tuple[str, ...]) -> CheckpointReader | None:
         """The checkpoint that `run.resume` asks for, or None where there is nothing to resume.
 
+        Another run's is what this run begins with: the same command again continues with its own.
+
         Reads only: what it refuses is refused before anything is written or built. Collective: call on every
         rank.
 
@@ -158,6 +164,7 @@ class CheckpointManager:
         chosen, own = agree.decided_by_first(lambda: (self._choose(resume), read_rollback(self.folder)))
         for line in chosen.passed_over:
             say(f"passed over {line}", self._process)
+        self._writer.give_up(chosen.damaged)
         if chosen.folder is None:
             if own is not None:  # back to the initial weights, at a position of the same data
                 self._check_identity(self.folder, own.identity, allow_change)
@@ -214,6 +221,17 @@ class CheckpointManager:
                 )
             return Found(None, ())
         path = Path(resume)
+        own = newest_whole(self.folder)
+        if own.folder is not None:
+            if not _is_inside(path, self.folder.parent):
+                line = f"run.resume={path}: the run has begun and goes on with its own checkpoints"
+                return replace(own, passed_over=(*own.passed_over, line))
+            if (path / COMMIT).exists() and path.resolve() != own.folder.resolve():
+                raise ConfigError(
+                    f"run.resume={path} is not the newest of its run, {own.folder} is: begin with it in another "
+                    "run.dir, or remove what came after it"
+                )
+            return own
         if (path / COMMIT).exists():
             reason = damage(path)
             if reason:
@@ -221,6 +239,12 @@ class CheckpointManager:
             return Found(path, ())
         found = newest_whole(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
         if found.folder is None:
+            origin = saved_by(path)
+            if origin in CONVERTIBLE:
+                raise CheckpointError(
+                    f"run.resume={path} is {origin.value}: make one of ours of it with kandinsky-dist "
+                    f"checkpoint convert {path} OUT"
+                )
             raise CheckpointError(f"run.resume={path}: no whole checkpoint there")
         return found
 
@@ -242,6 +266,10 @@ class CheckpointManager:
                 except OSError as error:
                     raise CheckpointError(f"{path} holds diverged weights: {error.strerror}") from error
         return rollback
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _copied(live: RankTensors, staging: Staging) -> Callable[[], RankTensors]:

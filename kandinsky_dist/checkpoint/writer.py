@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from kandinsky_dist.checkpoint.layout import (
 from kandinsky_dist.errors import CheckpointError
 from kandinsky_dist.runtime import agree
 from kandinsky_dist.runtime.disk import sync, write_whole
+from kandinsky_dist.runtime.logs import say
 from kandinsky_dist.runtime.process import Process
 
 _VERSIONED = ("kandinsky-dist", "torch", "diffusers", "transformers", "deepspeed")
@@ -52,6 +53,11 @@ class Writer:
         self._config_yaml = config_yaml
         # Its own: what ranks agree on while they write is not to be mistaken for what they train on.
         self._group = dist.new_group(backend="gloo")
+        self._given_up: set[Path] = set()
+
+    def give_up(self, damaged: Iterable[Path]) -> None:
+        """Tells which checkpoints are not worth keeping, although they were finished once."""
+        self._given_up.update(damaged)
 
     def write(self, tensors: Callable[[], RankTensors], state: RunState) -> None:
         """Writes a checkpoint, durable on return. Collective: call on every rank, from any one thread.
@@ -85,27 +91,28 @@ class Writer:
             raise
 
     def _finish(self, temporary: Path, final: Path, files: dict[str, Any], state: RunState) -> None:
-        write_state(temporary / STATE, SavedState(state, self._identity, _versions()))
-        write_whole(temporary / CONFIG, self._config_yaml)
-        for name in (STATE, CONFIG):
-            files[name] = checksum(temporary / name)
-        if final.exists():  # a damaged one, or one of the steps that run.resume=PATH went back behind
-            remove(final)
-        temporary.replace(final)
-        sync(final.parent)
-        write_whole(final / COMMIT, json.dumps({"files": files}, indent=1) + "\n")
+        commit(temporary, final, files, SavedState(state, self._identity, versions()), self._config_yaml)
+        self._given_up.discard(final)
         self._retain(state.health.last_healthy_step)
 
     def _retain(self, last_healthy_step: int) -> None:
         """Removes what is older than the newest `keep` finished checkpoints, and all unfinished ones.
 
-        The newest one that is known to be healthy stays too: a run that has diverged goes back to it.
+        The newest one that is known to be healthy stays too: a run that has diverged goes back to it. A
+        damaged one counts as unfinished. What cannot be removed stays: the new one is written all the same.
         """
-        finished = [path for path in checkpoints_of(self._folder) if (path / COMMIT).exists()]
+        finished = [
+            path
+            for path in checkpoints_of(self._folder)
+            if path not in self._given_up and (path / COMMIT).exists()
+        ]
         healthy = [path for path in finished if int(path.name[5:]) <= last_healthy_step]
         for path in checkpoints_of(self._folder):
             if path not in finished[: self._keep] and path not in healthy[:1]:
-                remove(path)
+                try:
+                    remove(path)
+                except OSError as error:  # on NFS a file that somebody reads keeps its folder
+                    say(f"{path} is no longer needed and cannot be removed: {error.strerror}", self._process)
         for path in self._folder.glob(f"step_*{TEMPORARY}"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -125,18 +132,42 @@ class Writer:
         return result
 
 
+def commit(temporary: Path, final: Path, files: dict[str, Any], saved: SavedState, config_yaml: str) -> None:
+    """Makes a whole checkpoint of a folder in which the tensors of all ranks are; durable on return.
+
+    Args:
+        temporary: the folder, which is renamed.
+        final: replaced where it is there: it was damaged.
+        files: checksum of each file of tensors, by its name.
+        saved: goes into state.json.
+        config_yaml: the resolved configuration.
+    """
+    write_state(temporary / STATE, saved)
+    write_whole(temporary / CONFIG, config_yaml)
+    files = files | {name: checksum(temporary / name) for name in (STATE, CONFIG)}
+    if final.exists():
+        remove(final)
+    temporary.replace(final)
+    sync(final.parent)
+    write_whole(final / COMMIT, json.dumps({"files": files}, indent=1) + "\n")
+
+
 def _fresh(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint so that what a crash leaves behind is not taken for one."""
+    """Removes a checkpoint so that what a crash leaves is not taken for one; of a link only the link."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
     (folder / COMMIT).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What writes checkpoints here: package -> version."""
     found = {}
     for package in _VERSIONED:
         try:

@@ -35,6 +35,11 @@ class ModelConfig:
 
     prior: str = option("kandinsky-community/kandinsky-2-2-prior", "prior pipeline: prior, CLIP, tokenizer")
     decoder: str = option("kandinsky-community/kandinsky-2-2-decoder", "decoder pipeline: U-Net, MoVQ")
+    weights: str | None = option(
+        None,
+        "folder with other initial weights of the trained network, as save_pretrained makes it, e.g. unet/ "
+        "of another training; all else is the pipeline's",
+    )
     variant: Literal["full", "lora"] = option("full", "full: every weight is trained; lora: adapters")
     lora_rank: int = option(4, "rank of the adapters (variant=lora)")
 

@@ -1,7 +1,7 @@
 """From a configuration to the parts of a run. Nothing here is collective."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,9 @@ from torch import Tensor, nn
 
 from kandinsky_dist.config.schema import Config
 from kandinsky_dist.models import blocks
+from kandinsky_dist.models.fingerprint import weights_fingerprint
 from kandinsky_dist.models.frozen import clip_preprocessing, load_image_encoder, load_movq, load_text_encoder
-from kandinsky_dist.models.load import (
-    ModelSource,
-    freeze_statistics,
-    pipeline_folder,
-    weights_fingerprint,
-)
+from kandinsky_dist.models.load import ModelSource, freeze_statistics, pipeline_folder
 from kandinsky_dist.objectives.base import Objective
 from kandinsky_dist.objectives.decoder import DecoderObjective
 from kandinsky_dist.objectives.noise import NoiseSchedule
@@ -34,20 +30,28 @@ MOVQ_STATISTICS = (0.5, 0.5, 0.5)  # pixels in [0, 255] / 127.5 - 1
 
 @dataclass(frozen=True)
 class Folders:
-    """Pipeline folders of a run: CLIP is always the prior pipeline's."""
+    """Pipeline folders of a run: CLIP is always the prior pipeline's.
+
+    `weights` is the folder of the trained network where the pipeline's own is not begun with.
+    """
 
     prior: Path
     decoder: Path | None
+    weights: Path | None = None
 
     @classmethod
     def of(cls, config: Config) -> "Folders":
         """Resolves and checks the folders or hub names that the stage reads."""
         if config.stage == "prior":
-            return cls(pipeline_folder(config.model.prior, "model.prior", PRIOR_COMPONENTS), None)
-        return cls(
-            pipeline_folder(config.model.prior, "model.prior", CONDITIONING_COMPONENTS),
-            pipeline_folder(config.model.decoder, "model.decoder", DECODER_COMPONENTS),
-        )
+            found = cls(pipeline_folder(config.model.prior, "model.prior", PRIOR_COMPONENTS), None)
+        else:
+            found = cls(
+                pipeline_folder(config.model.prior, "model.prior", CONDITIONING_COMPONENTS),
+                pipeline_folder(config.model.decoder, "model.decoder", DECODER_COMPONENTS),
+            )
+        if config.model.weights is None:
+            return found
+        return replace(found, weights=found.source.with_weights(config.model.weights).weights)
 
     @property
     def prior_networks(self) -> tuple[str, ...]:
@@ -57,7 +61,9 @@ class Folders:
     @property
     def source(self) -> ModelSource:
         """The network that is trained."""
-        return ModelSource(self.decoder, "unet") if self.decoder else ModelSource(self.prior, "prior")
+        if self.decoder is None:
+            return ModelSource(self.prior, "prior", self.weights)
+        return ModelSource(self.decoder, "unet", self.weights)
 
 
 def model_plan(config: Config, source: ModelSource) -> ModelPlan:
@@ -154,6 +160,9 @@ def identity(config: Config, folders: Folders) -> dict[str, Any]:
     weights = {"model.prior": weights_fingerprint(folders.prior, folders.prior_networks)}
     if folders.decoder is not None:
         weights["model.decoder"] = weights_fingerprint(folders.decoder, ("unet", "movq"))
+    if folders.weights is not None:
+        weights["model.weights"] = weights_fingerprint(folders.weights.parent, (folders.weights.name,))
+    found["model.weights"] = None
     for key, fingerprint in weights.items():
         found[key] = f"weights {fingerprint[:16]}"
     found[f"model.{config.stage}"] += f" of architecture {folders.source.fingerprint[:16]}"
