@@ -44,10 +44,12 @@ class RunState:
 
     Both grow alike, until a run goes back to an earlier step (`num_rollbacks` times so far) and on with the
     next samples. `pending_losses` are the global losses of steps since the last log entry and
-    `pending_skipped` whether these were skipped, so that a resumed run's next entry is about the same steps;
+    `pending_skipped` whether these were skipped, `pending_rescaled` whether for a loss scale that was lowered
+    then, so that a resumed run's next entry is about the same steps;
     `num_skipped_steps` and `health` are about the steps before them. `num_bad_samples` counts those that were
     replaced so far, `began_at_step` is above 0 where the first weights were another run's, `num_averaged` are
-    the steps that are in each average of the weights, by its kind.
+    the steps that are in each average of the weights, by its kind, `engine` is what the strategy asks to
+    remember: numbers with names that any strategy understands or passes over.
     """
 
     step: int = 0
@@ -60,6 +62,8 @@ class RunState:
     num_rollbacks: int = 0
     began_at_step: int = 0
     health: Health = field(default_factory=Health)
+    pending_rescaled: list[bool] = field(default_factory=list)
+    engine: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_updates(self) -> int:

@@ -189,6 +189,7 @@ class CheckpointManager:
             if own is None:
                 return RunState()
             strategy.load_fragments(InitialWeights(plan), num_steps=0)
+            strategy.load_engine_state({})
             return own.continued(RunState())
         for fragment in strategy.fragments():  # a larger parameter would be read in part
             found = reader.numels.get(fragment.name)
@@ -199,6 +200,7 @@ class CheckpointManager:
                 )
         state = reader.state.run
         strategy.load_fragments(reader, num_steps=state.num_updates)
+        strategy.load_engine_state(state.engine)
         if reader.folder.parent.resolve() != self.folder.resolve():
             state.began_at_step = state.step
             theirs = agree.decided_by_first(lambda: read_rollback(reader.folder.parent))

@@ -137,7 +137,11 @@ class ParallelConfig:
     """How the model is spread over ranks and in which arithmetic it runs."""
 
     strategy: Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"] = option("ddp", "engine")
-    precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 on a GPU, fp32 on a CPU")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto",
+        "type of matrix products; masters stay fp32; auto: bf16 on a GPU, fp32 on a CPU; fp16 scales the "
+        "loss, and skips steps that overflow until the scale fits",
+    )
     bucket_mib: float = option(25.0, "gradient bucket, MiB of the communicated type")
     first_bucket_mib: float = option(
         0.0, "ddp: smaller first bucket, MiB, so that reduction starts early; 0: as large as the others"

@@ -57,7 +57,7 @@ class DDPStrategy(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         """Plain backward; DDP's hooks reduce the buckets as they fill."""
-        loss.backward()
+        self.scaled(loss).backward()
 
     def step(self, *, learning_rate: float) -> StepOutcome:
         """Clip, guard and fused AdamW, all on the device."""
@@ -67,6 +67,7 @@ class DDPStrategy(Strategy):
             gradients,
             learning_rate=learning_rate,
             max_grad_norm=self.config.optim.max_grad_norm,
+            loss_scale=self.loss_scale,
         )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

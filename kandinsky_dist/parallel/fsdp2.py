@@ -63,7 +63,7 @@ class FSDP2Strategy(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         """Plain backward; each block's gradients are reduce-scattered when they are complete."""
-        loss.backward()
+        self.scaled(loss).backward()
 
     def step(self, *, learning_rate: float) -> StepOutcome:
         """Clip, guard and fused AdamW on this rank's rows, all on the device."""
@@ -73,6 +73,7 @@ class FSDP2Strategy(Strategy):
             gradients,
             learning_rate=learning_rate,
             max_grad_norm=self.config.optim.max_grad_norm,
+            loss_scale=self.loss_scale,
             shards=self._mesh.get_group("shard"),
         )
         self._optimizer.step()

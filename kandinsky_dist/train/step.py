@@ -40,30 +40,33 @@ class LossWindow:
     Args:
         pending: global losses of steps that an earlier window had taken in.
         skipped: whether these were skipped.
+        rescaled: whether they were, and the loss scale lowered.
     """
 
-    def __init__(self, pending: Sequence[float], skipped: Sequence[bool]) -> None:
+    def __init__(self, pending: Sequence[float], skipped: Sequence[bool], rescaled: Sequence[bool]) -> None:
         self._losses_before = list(pending)
         self._skipped_before = list(skipped) or [False] * len(pending)
+        self._rescaled_before = list(rescaled) or [False] * len(pending)
         self._steps: list[Tensor] = []
 
     def add(self, loss: Tensor, outcome: StepOutcome) -> None:
         """Takes in this rank's loss of one step, and whether it was skipped. No host sync."""
-        self._steps.append(torch.stack([loss, outcome.skipped]))
+        self._steps.append(torch.stack([loss, outcome.skipped, outcome.rescaled]))
 
-    def read(self) -> tuple[list[float], list[bool]]:
-        """The global loss of each step of the window, in order, and whether the step was skipped.
+    def read(self) -> tuple[list[float], list[bool], list[bool]]:
+        """The global loss of each step of the window, in order; whether it was skipped; whether rescaled.
 
         Host sync. Collective: call on every rank.
         """
         if self._steps:
-            losses, skipped = torch.stack(self._steps).T.contiguous()
+            losses, skipped, rescaled = torch.stack(self._steps).T.contiguous()
             dist.all_reduce(losses)  # the optimizers have agreed on what they skip
             self._losses_before += (losses / dist.get_world_size()).tolist()
             self._skipped_before += (skipped > 0).tolist()
+            self._rescaled_before += (rescaled > 0).tolist()
             self._steps = []
-        return list(self._losses_before), list(self._skipped_before)
+        return list(self._losses_before), list(self._skipped_before), list(self._rescaled_before)
 
     def clear(self) -> None:
         """Starts a new window."""
-        self._losses_before, self._skipped_before, self._steps = [], [], []
+        self._losses_before, self._skipped_before, self._rescaled_before, self._steps = [], [], [], []

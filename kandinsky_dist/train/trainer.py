@@ -21,6 +21,7 @@ from kandinsky_dist.faults.divergence import Divergence
 from kandinsky_dist.faults.preempt import StopRequest
 from kandinsky_dist.optim.schedule import learning_rate
 from kandinsky_dist.parallel.base import StepOutcome
+from kandinsky_dist.parallel.loss_scale import SCALE as LOSS_SCALE
 from kandinsky_dist.parallel.select import engine_precision, select
 from kandinsky_dist.runtime import agree
 from kandinsky_dist.runtime.disk import write_whole
@@ -65,11 +66,11 @@ class Trainer:
             on_failure=stop.make,  # all ranks stop at one step, and there `finish` says why
         )
         # Judged before the run folder is written to: a refused run leaves the earlier one as it was.
+        micro = num_micro(config, world_size=process.world_size)
+        self.strategy = select(config, process, num_micro=micro)
         checkpoint = self.checkpoints.find(config.run.resume, config.run.allow_change)
         agree.decided_by_first(lambda: self.open_run_dir(resolved.to_yaml()))
         precision = engine_precision(config, process.device)
-        micro = num_micro(config, world_size=process.world_size)
-        self.strategy = select(config, process, num_micro=micro)
         plan = build.model_plan(config, folders.source)
         self.model = self.strategy.prepare(plan)
         self.objective = build.build_objective(config, folders, process.device, precision)
@@ -83,7 +84,7 @@ class Trainer:
         self.ema = average.restored(self.strategy, checkpoint, process)
         self.guard = Guard(config.guard, self.run_dir, self.checkpoints, plan, process)
         self.saved_step = self.state.step
-        self.losses = LossWindow(self.state.pending_losses, self.state.pending_skipped)
+        self.losses = self.pending_losses()
         self.feed = Feed(self.loader.steps(self.state.samples_consumed), stop)
         self.meter = Meter(
             config.data.global_batch_size,
@@ -195,8 +196,8 @@ class Trainer:
 
         Host sync. Collective: call on every rank.
         """
-        losses, skipped = self.losses.read()
-        divergence = self.guard.judge(self.state, losses, skipped)
+        losses, skipped, rescaled = self.losses.read()
+        divergence = self.guard.judge(self.state, losses, skipped, rescaled)
         entry: dict[str, float | int] = {
             "step": self.state.step,
             "samples_consumed": self.state.samples_consumed,
@@ -206,6 +207,9 @@ class Trainer:
             "skipped": sum(skipped),
             "rollbacks": self.state.num_rollbacks,
         }
+        scale = self.strategy.engine_state().get(LOSS_SCALE)
+        if scale is not None:
+            entry["loss_scale"] = scale
         self.losses.clear()
         waited, self.waited_before = (
             self.loader.data_wait_seconds - self.waited_before,
@@ -231,7 +235,12 @@ class Trainer:
             self.state, checkpoint = self.guard.go_back(self.strategy, self.state, divergence)
             self.ema = average.restored(self.strategy, checkpoint, self.process)
         self.saved_step = self.state.step
-        self.losses = LossWindow(self.state.pending_losses, self.state.pending_skipped)
+        self.losses = self.pending_losses()
+
+    def pending_losses(self) -> LossWindow:
+        """The steps that the restored run had not logged yet."""
+        state = self.state
+        return LossWindow(state.pending_losses, state.pending_skipped, state.pending_rescaled)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out figures of the weights as they are. Collective: call on every rank."""
@@ -241,7 +250,10 @@ class Trainer:
     def save(self) -> None:
         """Saves the run, beside training where that is asked for. Collective: call on every rank."""
         with self.meter.pause():
-            self.state.pending_losses, self.state.pending_skipped = self.losses.read()
+            losses, skipped, rescaled = self.losses.read()
+            self.state.pending_losses = losses
+            self.state.pending_skipped, self.state.pending_rescaled = skipped, rescaled
+            self.state.engine = self.strategy.engine_state()
             self.state.num_averaged = self.ema.num_updates()
             self.checkpoints.save(self.strategy, self.state, self.ema.tensors())
         self.saved_step = self.state.step
