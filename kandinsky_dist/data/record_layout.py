@@ -149,7 +149,10 @@ class Sheet:
 
 def seals(words: Sequence[Uint64s]) -> Uint64s:
     """The last word of records, given the others (B, W) of each part: a constant and their sum mod 2^64."""
-    return sum((part_BW.sum(1, dtype=np.uint64) for part_BW in words), _SEAL_OF_NOTHING)
+    total_B = np.full(len(words[0]), _SEAL_OF_NOTHING)
+    for part_BW in words:
+        total_B += part_BW.sum(1, dtype=np.uint64)
+    return total_B
 
 
 def _words(tensor: Tensor) -> Uint64s:
@@ -161,4 +164,4 @@ def _words(tensor: Tensor) -> Uint64s:
 def _bytes(content: Tensor | npt.NDArray[np.uint8]) -> memoryview:
     """Memory of a tensor, byte by byte."""
     array = content if isinstance(content, np.ndarray) else content.view(torch.uint8).numpy()
-    return memoryview(array.reshape(-1))
+    return array.reshape(-1).data
