@@ -148,28 +148,32 @@ def read_description(shards: str, key: str) -> CacheDescription:
     Raises:
         ConfigError: there is none, so these are no encoder outputs; or it cannot be used.
     """
-    problem = f"{key}={shown(shards)}"
-    missing = (
-        f"{problem} has no {CACHE_NAME}: these are no encoder outputs; make some with {REMEDY}, or train "
-        "with data.source=raw"
-    )
+    problem, content = f"{key}={shown(shards)}", description_content(shards, key)
+    if content is None:
+        raise ConfigError(
+            f"{problem} has no {CACHE_NAME}: these are no encoder outputs; make some with {REMEDY}, or train "
+            "with data.source=raw"
+        )
+    return CacheDescription.of_json(content.decode("utf-8", "replace"), problem)
+
+
+def description_content(shards: str, key: str) -> bytes | None:
+    """The file that describes a corpus of encoder outputs; None for another corpus. See `read_description`."""
     if is_remote(shards):
         from kandinsky_dist.data.remote.fetch import fetch_whole
         from kandinsky_dist.data.remote.transports import MissingObjectError
 
         try:
-            content = fetch_whole(join(shards.rstrip("/"), CACHE_NAME))
-        except MissingObjectError as error:
-            raise ConfigError(missing) from error
-    else:
-        folder = Path(shards) if Path(shards).is_dir() else Path(resolve_shards(shards, key)[0]).parent
-        try:
-            content = (folder / CACHE_NAME).read_bytes()
-        except FileNotFoundError:
-            raise ConfigError(missing) from None
-        except OSError as error:
-            raise DataError(f"{folder / CACHE_NAME} cannot be read: {error.strerror}") from error
-    return CacheDescription.of_json(content.decode("utf-8", "replace"), problem)
+            return fetch_whole(join(shards.rstrip("/"), CACHE_NAME))
+        except MissingObjectError:
+            return None
+    folder = Path(shards) if Path(shards).is_dir() else Path(resolve_shards(shards, key)[0]).parent
+    try:
+        return (folder / CACHE_NAME).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"{folder / CACHE_NAME} cannot be read: {error.strerror}") from error
 
 
 def _tensor(item: Mapping[str, Any], dtype: torch.dtype) -> Tensor:

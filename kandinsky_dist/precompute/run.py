@@ -197,7 +197,12 @@ class _Precompute:
             if finished_index(tar, self.request.id) is None:
                 row = self.manifest.shard(shard)
                 order_bytes = row.num_bytes if row.order_bytes is None else row.order_bytes
-                maker.make(shard, tar, self.work / f"{shard:08d}.{owner()}.tar", order_bytes)
+                try:
+                    maker.make(shard, tar, self.work / f"{shard:08d}.{owner()}.tar", order_bytes)
+                except FileNotFoundError:
+                    # Where locks do not hold, another machine may have made it too, and finished.
+                    if not self._is_complete():
+                        raise
         progress.update(maker.spent)
         return True
 
