@@ -158,7 +158,7 @@ def read_description(shards: str, key: str) -> CacheDescription:
 
 
 def description_content(shards: str, key: str) -> bytes | None:
-    """The file that describes a corpus of encoder outputs; None for another corpus. See `read_description`."""
+    """The file that describes a corpus of encoder outputs, None for another one; see `read_description`."""
     if is_remote(shards):
         from kandinsky_dist.data.remote.fetch import fetch_whole
         from kandinsky_dist.data.remote.transports import MissingObjectError

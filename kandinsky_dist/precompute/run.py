@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class _Precompute:
         self.config, self.options, self.stop = config, options, stop
         assert config.data.shards is not None
         ranks = read_ranks(os.environ)
-        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self.is_shown = ranks.rank == 0
         self.device = device_of(ranks.local_rank)
         self.precision = config.parallel.precision
         if self.precision == "auto":
@@ -175,7 +176,7 @@ class _Precompute:
 
     def _make_all(self, maker: ShardMaker) -> None:
         """Makes shards that nobody else makes until all are done, then the manifest unless it is there."""
-        progress = Progress(sum(self.num_samples), self._num_done, is_shown=self.rank == 0)
+        progress = Progress(sum(self.num_samples), self._num_done, is_shown=self.is_shown)
         left = self._in_turn()
         while not self._is_complete():
             num_left = len(left)
@@ -252,7 +253,7 @@ class _Precompute:
     def _in_turn(self) -> list[int]:
         """All shards, from another one on for each process, so that they do not ask for the same ones."""
         shards = list(self.tars)
-        first = len(shards) * self.rank // self.world_size
+        first = zlib.crc32(owner().encode()) % len(shards)
         return shards[first:] + shards[:first]
 
     def _encoders(self, precision: str) -> Encoders:
