@@ -51,6 +51,19 @@ def check(resolved: Resolved, *, world_size: int) -> None:
         raise ConfigError(problem)
 
 
+def check_precompute(config: Config) -> None:
+    """Raises what keeps a corpus from being encoded in advance as a ConfigError."""
+    data = config.data
+    if data.mixture:
+        raise ConfigError("data.mixture is set: precompute one corpus of it at a time, as data.shards")
+    if data.source != "raw":
+        raise ConfigError(
+            f"data.source={data.source}: precompute reads images and captions, with data.source=raw"
+        )
+    for problem in _one_view(data, "precompute"):
+        raise ConfigError(problem)
+
+
 def problems(resolved: Resolved, *, world_size: int) -> Iterator[str]:
     """Every broken rule, one line each."""
     config = resolved.config
@@ -132,6 +145,7 @@ def _batch_arithmetic(config: Config, world_size: int) -> Iterator[str]:
 def _combinations(resolved: Resolved) -> Iterator[str]:
     config = resolved.config
     yield from _corpus(config.data)
+    yield from _cached(config.data)
     if config.validation.every_steps and config.validation.shards is None:
         yield (
             f"validation.every_steps={config.validation.every_steps} needs validation.shards; "
@@ -225,6 +239,22 @@ def _corpus(data: DataConfig) -> Iterator[str]:
         )
     elif is_pipe and not data.allow_pipe:
         yield "data.shards=pipe:... runs a shell command: allow it with data.allow_pipe=true"
+
+
+def _cached(data: DataConfig) -> Iterator[str]:
+    if data.source == "cached":
+        yield from _one_view(data, "data.source=cached")
+
+
+def _one_view(data: DataConfig, what: str) -> Iterator[str]:
+    """What cannot be chosen where a sample was encoded once."""
+    if data.random_crop:
+        yield f"data.random_crop=True needs data.source=raw: {what} has one crop of an image, its middle"
+    if len(data.captions) > 1:
+        yield (
+            f"data.captions={list(data.captions)} chooses among captions, and {what} has one of a sample: "
+            "name that one, or train with data.source=raw"
+        )
 
 
 def _is_weight(text: str) -> bool:

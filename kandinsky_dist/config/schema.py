@@ -54,14 +54,17 @@ class DataConfig:
     mixture: tuple[str, ...] = option(
         (), "several corpora in place of shards, each SHARDS=WEIGHT, e.g. [/a=0.7,/b=0.3]"
     )
-    source: Literal["raw", "stream"] = option(
+    source: Literal["raw", "cached", "stream"] = option(
         "raw",
-        "raw: images and captions, encoded as they are trained on; stream: the same from tars without a "
-        "manifest, in random order without end, which cannot be resumed exactly",
+        "raw: images and captions, encoded as they are trained on; cached: shards that `precompute` made of "
+        "them, trained on without loading an encoder; stream: raw from tars without a manifest, in random "
+        "order without end, which cannot be resumed exactly",
     )
     allow_pipe: bool = option(False, "let source=stream run pipe: shards, which are shell commands")
     num_workers: int = option(
-        2, "decoding threads a rank, in one process for every 4; 0 decodes in the training process"
+        2,
+        "decoding threads a rank, in one process for every 4; 0 decodes in the training process; with "
+        "source=cached, threads of the training process that read ahead",
     )
     read_ahead_mib: int = option(256, "remote shards: MiB fetched in advance by each decoding process")
     cache_dir: str | None = option(

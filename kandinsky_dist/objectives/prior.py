@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kandinsky_dist.data.batch import Batch
 from kandinsky_dist.objectives.base import TRAINING_DRAW, Draw, Prepared, mean_losses, roll_conditions
+from kandinsky_dist.objectives.cached import at_full_length
 from kandinsky_dist.objectives.noise import NoiseSchedule, sample_losses
 from kandinsky_dist.objectives.pixels import Normalisation
 
@@ -19,8 +20,8 @@ class PriorObjective:
     """Loss of the prior.
 
     Attributes:
-        text_encoder: frozen CLIPTextModelWithProjection.
-        image_encoder: frozen CLIPVisionModelWithProjection.
+        text_encoder: frozen CLIPTextModelWithProjection; None where batches bring its outputs.
+        image_encoder: frozen CLIPVisionModelWithProjection, or None likewise.
         clip_mean_D, clip_std_D: fp32 statistics that embeddings are normalised with.
         schedule: squaredcos_cap_v2, sample prediction.
         normalisation: CLIP's pixel statistics.
@@ -28,8 +29,8 @@ class PriorObjective:
         snr_gamma: min-SNR weighting, or None.
     """
 
-    text_encoder: nn.Module
-    image_encoder: nn.Module
+    text_encoder: nn.Module | None
+    image_encoder: nn.Module | None
     clip_mean_D: Tensor
     clip_std_D: Tensor
     schedule: NoiseSchedule
@@ -43,9 +44,13 @@ class PriorObjective:
 
         CLIP's text encoder is causal and gets no mask; the prior masks the padding.
         """
-        assert batch.token_ids_BL is not None
         assert batch.token_mask_BL is not None
+        if batch.image_embeds_BD is not None:
+            return self._cached(batch, batch.image_embeds_BD, batch.token_mask_BL)
+        assert batch.token_ids_BL is not None
         assert batch.clip_pixels_BCHW is not None
+        assert self.text_encoder is not None
+        assert self.image_encoder is not None
         text = self.text_encoder(batch.token_ids_BL)
         pixels_BCHW = self.normalisation(batch.clip_pixels_BCHW)
         image_embeds_BD = self.image_encoder(pixels_BCHW).image_embeds.to(torch.float32)
@@ -56,6 +61,21 @@ class PriorObjective:
                 "proj_embedding": text.text_embeds,
                 "encoder_hidden_states": text.last_hidden_state,
                 "attention_mask": batch.token_mask_BL,
+            },
+        )
+
+    def _cached(self, batch: Batch, image_embeds_BD: Tensor, mask_BL: Tensor) -> Prepared:
+        """What the batch brings along."""
+        assert batch.text_embeds_BD is not None
+        assert batch.text_states_BLD is not None
+        states_BLD, mask_BL = at_full_length(batch.text_states_BLD, mask_BL)
+        return Prepared(
+            positions_B=batch.positions_B,
+            clean=(image_embeds_BD.to(torch.float32) - self.clip_mean_D) / self.clip_std_D,
+            conditions={
+                "proj_embedding": batch.text_embeds_BD.to(self.normalisation.dtype),
+                "encoder_hidden_states": states_BLD.to(self.normalisation.dtype),
+                "attention_mask": mask_BL,
             },
         )
 

@@ -40,7 +40,7 @@ def joined() -> Iterator[Process]:
         ConfigError: the launcher's variables contradict each other or the number of GPUs.
     """
     ranks = read_ranks(os.environ)
-    device = _device(ranks.local_rank)
+    device = device_of(ranks.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(
@@ -64,7 +64,12 @@ def joined() -> Iterator[Process]:
     dist.destroy_process_group()
 
 
-def _device(local_rank: int) -> torch.device:
+def device_of(local_rank: int) -> torch.device:
+    """The GPU that a process of this node has for itself, or the CPU where there are none.
+
+    Raises:
+        ConfigError: more processes than GPUs.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()

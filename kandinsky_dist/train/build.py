@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky_dist.config.schema import Config
+from kandinsky_dist.data.cache_description import CacheDescription
 from kandinsky_dist.models import blocks
 from kandinsky_dist.models.fingerprint import weights_fingerprint
 from kandinsky_dist.models.frozen import clip_preprocessing, load_image_encoder, load_movq, load_text_encoder
@@ -17,7 +18,7 @@ from kandinsky_dist.models.load import ModelSource, freeze_statistics, pipeline_
 from kandinsky_dist.objectives.base import Objective
 from kandinsky_dist.objectives.decoder import DecoderObjective
 from kandinsky_dist.objectives.noise import NoiseSchedule
-from kandinsky_dist.objectives.pixels import Normalisation
+from kandinsky_dist.objectives.pixels import MOVQ_STATISTICS, Normalisation
 from kandinsky_dist.objectives.prior import PriorObjective
 from kandinsky_dist.optim.adamw import build_adamw
 from kandinsky_dist.parallel.base import ModelPlan
@@ -25,7 +26,6 @@ from kandinsky_dist.parallel.base import ModelPlan
 PRIOR_COMPONENTS = ("prior", "text_encoder", "tokenizer", "image_encoder", "image_processor")
 DECODER_COMPONENTS = ("unet", "movq", "scheduler")
 CONDITIONING_COMPONENTS = ("image_encoder", "image_processor")
-MOVQ_STATISTICS = (0.5, 0.5, 0.5)  # pixels in [0, 255] / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,23 @@ def model_plan(config: Config, source: ModelSource) -> ModelPlan:
 
 
 def build_objective(
-    config: Config, folders: Folders, device: torch.device, precision: torch.dtype
+    config: Config,
+    folders: Folders,
+    device: torch.device,
+    precision: torch.dtype,
+    cache: CacheDescription | None = None,
 ) -> Objective:
-    """The stage's objective with its frozen encoders on the device, in the engine's precision."""
+    """The stage's objective with its frozen encoders on the device, in the engine's precision.
+
+    With a cache, whose batches bring the encoders' outputs along, none is loaded.
+    """
     clip = clip_preprocessing(folders.prior)
-    image_encoder = load_image_encoder(folders.prior, precision, device)
+    image_encoder = load_image_encoder(folders.prior, precision, device) if cache is None else None
     normalisation = Normalisation(clip.mean, clip.std, precision)
     if folders.decoder is None:
         weights = folders.source.state_dict()
         return PriorObjective(
-            text_encoder=load_text_encoder(folders.prior, precision, device),
+            text_encoder=load_text_encoder(folders.prior, precision, device) if cache is None else None,
             image_encoder=image_encoder,
             clip_mean_D=weights["clip_mean"].to(device, torch.float32).flatten(),
             clip_std_D=weights["clip_std"].to(device, torch.float32).flatten(),
@@ -114,12 +121,18 @@ def build_objective(
             seed=config.run.seed,
             snr_gamma=config.objective.snr_gamma,
         )
-    zeros = torch.zeros(1, 3, clip.size, clip.size, device=device, dtype=precision)
-    with torch.no_grad():
-        zero_embedding_D = image_encoder(zeros).image_embeds[0].to(torch.float32)
+    movq = None
+    if cache is not None:
+        zero_embedding_D = cache.constants["image_embeds"].to(device, torch.float32)
+    else:
+        assert image_encoder is not None
+        zeros = torch.zeros(1, 3, clip.size, clip.size, device=device, dtype=precision)
+        with torch.no_grad():
+            zero_embedding_D = image_encoder(zeros).image_embeds[0].to(torch.float32)
+        movq = load_movq(folders.decoder, precision, device, encode_only=True)
     return DecoderObjective(
         image_encoder=image_encoder,
-        movq=load_movq(folders.decoder, precision, device, encode_only=True),
+        movq=movq,
         zero_embedding_D=zero_embedding_D,
         schedule=decoder_schedule(folders.decoder).to(device),
         clip_normalisation=normalisation,

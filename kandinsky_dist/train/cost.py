@@ -5,6 +5,8 @@ from torch import Tensor
 
 from kandinsky_dist.config.schema import Config
 from kandinsky_dist.data.batch import Batch
+from kandinsky_dist.data.cache_description import CacheDescription
+from kandinsky_dist.data.cached import blank_batch
 from kandinsky_dist.models.frozen import clip_preprocessing
 from kandinsky_dist.objectives.base import Objective
 from kandinsky_dist.telemetry.flops import count_forward_flops
@@ -15,13 +17,22 @@ BACKWARD_RATIO = {"full": 2.0, "lora": 1.0}
 """Backward over forward: a product's gradient for its input, and one for its weight where that is trained."""
 
 
-def flops_per_sample(config: Config, folders: Folders, objective: Objective, device: torch.device) -> float:
+def flops_per_sample(
+    config: Config,
+    folders: Folders,
+    objective: Objective,
+    device: torch.device,
+    cache: CacheDescription | None = None,
+) -> float:
     """FLOPs of one sample of a training step: frozen encoders forward, trained model forward and backward.
 
-    Recomputation (gradient checkpointing) is not counted: it is a way of doing the work, not the work.
+    With a cache there is nothing to encode. Recomputation (gradient checkpointing) is not counted: it is a
+    way of doing the work, not the work.
     """
 
     def batch() -> Batch:
+        if cache is not None:
+            return blank_batch(cache, NUM_TEXT_TOKENS, device)
         clip_size, is_prior = clip_preprocessing(folders.prior).size, config.stage == "prior"
 
         def pixels(side: int) -> Tensor:

@@ -49,6 +49,7 @@ class Trainer:
         self.process = process
         self.run_dir = run_dir(config)
         folders = build.Folders.of(config)
+        cache = corpora.cache_description(config, folders)
         order = corpora.training_order(config)
         # All folders are looked at before anything slow is built.
         held_out = corpora.validation_order(config) if config.validation.every_steps else None
@@ -73,7 +74,7 @@ class Trainer:
         precision = engine_precision(config, process.device)
         plan = build.model_plan(config, folders.source)
         self.model = self.strategy.prepare(plan)
-        self.objective = build.build_objective(config, folders, process.device, precision)
+        self.objective = build.build_objective(config, folders, process.device, precision, cache)
         self.loader = corpora.build_loader(config, folders.prior, order, process, is_training=True)
         self.validation = None
         if held_out is not None:
@@ -88,7 +89,9 @@ class Trainer:
         self.feed = Feed(self.loader.steps(self.state.samples_consumed), stop)
         self.meter = Meter(
             config.data.global_batch_size,
-            flops_per_sample(config, folders, self.objective, process.device) if process.is_first else None,
+            flops_per_sample(config, folders, self.objective, process.device, cache)
+            if process.is_first
+            else None,
             process.device,
             process.world_size,
         )
