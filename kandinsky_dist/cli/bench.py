@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky_dist.cli.arguments import SIZES, command, group
+from kandinsky_dist.cli.bench_training import add_training
 from kandinsky_dist.config.schema import STAGES
 
 
 def add_bench(commands: Any) -> None:
     """Adds the commands."""
     commands = group(commands, "bench", "Measured tables: a JSON record and the table rendered from it.")
+    add_training(commands)
 
     def memory(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.memory import run
@@ -164,4 +166,6 @@ def add_bench(commands: Any) -> None:
     parser = command(
         commands, "render", render, "Prints the Markdown of a record that a bench case has written."
     )
-    parser.add_argument("record", type=Path, help="JSON file")
+    parser.add_argument(
+        "record", type=Path, help="JSON file; or a folder of records of bench train and scaling, for one page"
+    )
