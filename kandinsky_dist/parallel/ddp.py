@@ -1,5 +1,6 @@
 """DistributedDataParallel: replicated weights, gradients all-reduced in buckets beside backward."""
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -18,6 +19,13 @@ from kandinsky_dist.parallel.base import (
 from kandinsky_dist.parallel.ddp_reduction import COMPRESSED, bucket_arguments, reduce_compressed
 from kandinsky_dist.parallel.replicated import autocast_forward, guard_and_clip, owned_share, whole_fragments
 from kandinsky_dist.parallel.shares import gather_shares
+
+
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")  # torch 2.13; before
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 class DDPStrategy(Strategy):
@@ -39,6 +47,7 @@ class DDPStrategy(Strategy):
                 device_ids=[self.process.device.index] if self.process.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 static_graph=self.config.parallel.static_graph,
+                **{_SYNC_BUFFERS: False},  # they are constants, and forward would wait for rank 0
                 **bucket_arguments(self.config.parallel),
             )
             if self.config.parallel.gradient_compression != "none":
