@@ -13,7 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 FILES_PER_SECOND = 50.0
-"""Most that a whole run writes, whatever its world size: a shared file system serves others too."""
+"""Most that a whole run writes, whatever its world size: a shared file system serves others too.
+
+With each a rank reads its neighbour's, and looks once whether there is a verdict.
+"""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ be interrupted, so each then writes down its stacks and ends its process.
 
 import contextlib
 import faulthandler
-import json
 import multiprocessing
 import os
 import socket
@@ -35,10 +34,9 @@ from kandinsky_dist.faults.heartbeat import (
     start_folder,
     write_beat,
 )
-from kandinsky_dist.runtime.disk import write_whole
-from kandinsky_dist.runtime.flight import recorded_collectives
+from kandinsky_dist.faults.verdict import Verdicts
+from kandinsky_dist.runtime.logs import say_failure
 
-VERDICT = "verdict.json"
 EXIT_CODE = 1
 LONG_PHASES = ("restore", "validate", "save", "go back", "leave")
 START_STEPS = 2
@@ -79,7 +77,7 @@ class Watchdog:
         self._watched: Watched | None = None
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
-        self._num_beats, self._last_beat = 0, float("-inf")
+        self._num_beats = 0
         self._reading: tuple[float, dict[int, Beat]] | None = None
         self._neighbour: tuple[int, float] = (-1, time.monotonic())
 
@@ -121,7 +119,7 @@ class Watchdog:
         self._watched, self._progress, self._save_seconds = watched, progress, save_seconds
         self._every = beat_every_seconds(watched.config.heartbeat_seconds, watched.world_size)
         self._beats = start_folder(watched.run_dir, watched.fence.start)
-        self._hangs = watched.run_dir / "hangs" / f"start_{watched.fence.start:05d}"
+        self._verdicts = Verdicts(watched.run_dir, watched.fence.start, watched.rank)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -132,21 +130,22 @@ class Watchdog:
             phase: its name.
             step: optimizer steps that are done.
         """
-        before = self._place
-        self._num_steps += step > before.step and before.moves > 0
-        self._place = Place(phase, step, before.moves + 1, time.monotonic())
+        self._place = Place(phase, step, self._place.moves + 1, time.monotonic())
+
+    def stepped(self) -> None:
+        """Says that this start has done one more step."""
+        self._num_steps += 1
 
     # What follows runs on the watchdog's thread.
 
     def _watch(self) -> None:
         assert self._watched is not None
-        tick = min(self._every, 2.0) / 2
-        while not self._is_over.wait(tick):
+        wait = 0.0
+        while not self._is_over.wait(wait):
+            wait = self._every
             self._hold_dead_mans_handle()
             try:
-                if time.monotonic() - self._last_beat >= self._every:
-                    write_beat(self._beats, self._beat())
-                    self._last_beat = time.monotonic()
+                write_beat(self._beats, self._beat())
                 self._look()
             except FileNotFoundError:
                 self._end_if_fenced()
@@ -193,7 +192,7 @@ class Watchdog:
     def _look(self) -> None:
         """Ends the process if there is a verdict, or comes to one."""
         assert self._watched is not None
-        if (self._hangs / VERDICT).exists():
+        if self._verdicts.is_there():
             self._obey()
         mine = self._beat()
         overdue = mine.phase_seconds - mine.limit_seconds if mine.is_overdue else -1.0
@@ -226,76 +225,47 @@ class Watchdog:
         return 0 < beat.silence_seconds < now - self._neighbour[1]
 
     def _say(self, hang: Hang) -> None:
-        """Makes a verdict known to all ranks and people, and ends; the first of several judges does."""
+        """Makes a verdict known to all ranks and to people, and ends."""
         assert self._watched is not None
-        verdict = self._hangs / VERDICT
-        try:
-            self._hangs.mkdir(parents=True, exist_ok=True)
-            mine = self._hangs / f"{VERDICT}.{self._watched.rank}"
-            write_whole(mine, json.dumps({"ranks": hang.ranks, "line": hang.line}))
-            os.link(mine, verdict)  # fails if there is one
-            mine.unlink()
-        except FileExistsError:
-            mine.unlink(missing_ok=True)
-            self._obey()
-        except OSError as error:
-            print(f"{verdict}: {error.strerror}", file=sys.stderr)
-        prefix = f"[rank {self._watched.rank}] " if self._watched.rank else ""
-        print(
-            f"{prefix}{hang.line}; stacks of all ranks that answer: {self._hangs}",
-            file=sys.stderr,
-            flush=True,
-        )
+        if self._verdicts.give(hang):
+            prefix = f"[rank {self._watched.rank}] " if self._watched.rank else ""
+            where = f"stacks of all ranks that answer: {self._verdicts.folder}"
+            print(f"{prefix}{hang.line}; {where}", file=sys.stderr, flush=True)
+            self._write_stacks()
+            self._wait_for_others(hang)
+            self._end(hang.line)
+        self._obey()
+
+    def _obey(self) -> None:
         self._write_stacks()
-        self._wait_for_others(hang)
-        self._end(hang.line)
+        self._end(self._verdicts.line())
+
+    def _write_stacks(self) -> None:
+        self._verdicts.write_stacks(f"{self._place.phase} after step {self._place.step}")
 
     def _wait_for_others(self, hang: Hang) -> None:
         """Until the others have written down their stacks: where this rank ends the launcher ends them."""
-        assert self._watched is not None
         alive = {rank for rank, beat in read_beats(self._beats).items() if beat.exit_code is None}
         deadline = time.monotonic() + 3 * self._every
         while time.monotonic() < deadline:
-            if all(self._stacks(rank).exists() for rank in alive - set(hang.ranks)):
+            if all(map(self._verdicts.has_stacks, alive - set(hang.ranks))):
                 break
             time.sleep(min(0.1, self._every))
 
-    def _obey(self) -> None:
-        try:
-            line = json.loads((self._hangs / VERDICT).read_text())["line"]
-        except (OSError, ValueError, KeyError, TypeError):
-            line = "hang"
-        self._write_stacks()
-        self._end(line)
-
-    def _stacks(self, rank: int) -> Path:
-        return self._hangs / f"rank_{rank:05d}.txt"
-
-    def _write_stacks(self) -> None:
-        """What every thread of this process is in, and the collectives that it has taken part in."""
-        assert self._watched is not None
-        try:
-            collectives = recorded_collectives()
-            if collectives:
-                self._stacks(self._watched.rank).with_suffix(".collectives.json").write_bytes(collectives)
-            temporary = self._stacks(self._watched.rank).with_suffix(".tmp")
-            with open(temporary, "w") as file:
-                place = self._place
-                print(f"{place.phase} after step {place.step}", file=file, flush=True)
-                faulthandler.dump_traceback(file, all_threads=True)
-            temporary.replace(self._stacks(self._watched.rank))
-        except (OSError, RuntimeError) as error:
-            print(f"no stacks of rank {self._watched.rank}: {error}", file=sys.stderr)
-
     def _end_if_fenced(self) -> None:
-        """Ends a process whose heartbeat folder a newer start has removed, perhaps while it hung."""
+        """Ends a process that hangs while a newer start has taken the run folder, and its heartbeat's.
+
+        One that does not hang finds out by itself, before its next log entry or checkpoint.
+        """
         assert self._watched is not None
+        if not self._beat().is_overdue:
+            return
         try:
             self._watched.fence.check()
         except Exception as error:
             found = explained(error)
             assert found is not None
-            print(found[0], file=sys.stderr, flush=True)
+            say_failure(found[0])
             self._leave(found[1])
 
     def _end(self, line: str) -> None:

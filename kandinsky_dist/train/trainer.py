@@ -86,7 +86,7 @@ class Trainer:
         self.state = self.checkpoints.restore(self.strategy, checkpoint, plan)
         self.ema = average.restored(self.strategy, checkpoint, process)
         self.guard = Guard(config.guard, self.run_dir, self.checkpoints, plan, process)
-        self.saved_step = self.state.step
+        self.saved_step = self.watch.step = self.state.step
         self.losses = LossWindow(self.state.pending_losses, self.state.pending_skipped)
         self.feed = Feed(self.loader.steps(self.state.samples_consumed), stop)
         self.meter = Meter(
@@ -236,7 +236,7 @@ class Trainer:
         with self.meter.pause():
             self.state, checkpoint = self.guard.go_back(self.strategy, self.state, divergence)
             self.ema = average.restored(self.strategy, checkpoint, self.process)
-        self.saved_step = self.state.step
+        self.saved_step = self.watch.step = self.state.step
         self.losses = LossWindow(self.state.pending_losses, self.state.pending_skipped)
 
     def evaluate(self) -> dict[str, float]:

@@ -67,7 +67,8 @@ class Watch:
         self._checkpoints = checkpoints
         self._stop = stop
         self._dog = dog
-        self._step = 0
+        self.step = 0
+        """Optimizer steps that are done."""
         self._device_steps = _DeviceSteps(process.device)
         self._alone = Stopwatch(process.device)
         self._stragglers = Stragglers(config.watchdog.straggler_share)
@@ -79,7 +80,7 @@ class Watch:
 
     def enter(self, phase: str) -> None:
         """Says what this rank does from now on; the same on every rank. No host sync."""
-        self._dog.enter(phase, self._step)
+        self._dog.enter(phase, self.step)
 
     def alone(self) -> AbstractContextManager[None]:
         """Times what this rank does without the others. No host sync."""
@@ -87,7 +88,8 @@ class Watch:
 
     def stepped(self, step: int) -> None:
         """Takes in that a step is done, and asks for a stop where the time left demands it. No host sync."""
-        self._step = step
+        self.step = step
+        self._dog.stepped()
         self._device_steps.queued()
         self.time_left.saw_step()
         self.time_left.saw_save(self._checkpoints.save_seconds)
@@ -110,7 +112,7 @@ class Watch:
         def check() -> None:
             if not self.time_left.may_save():
                 raise StoppedError(
-                    f"stopped before step {self._step} was saved: {self.time_left.seconds():.0f} s are "
+                    f"stopped before step {self.step} was saved: {self.time_left.seconds():.0f} s are "
                     f"left, a checkpoint takes up to {self.time_left.needed_seconds:.0f} s; the same "
                     f"command continues from step {saved_step}"
                 )
