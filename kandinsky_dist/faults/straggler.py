@@ -19,10 +19,12 @@ class Straggler:
     Attributes:
         rank: of the process.
         excess: how much longer than the ranks' middle it takes alone, as a share of a step.
+        is_news: whether the last judgement did not name it.
     """
 
     rank: int
     excess: float
+    is_news: bool
 
 
 class Stragglers:
@@ -55,4 +57,6 @@ class Stragglers:
         is_outlier = slowest > middle + MIN_DEVIATIONS * deviation and 0 < self._share <= excess
         self._times = (self._times + 1 if rank == self._last else 1) if is_outlier else 0
         self._last = rank if is_outlier else None
-        return Straggler(rank, min(1.0, excess)) if self._times >= PATIENCE else None
+        if self._times < PATIENCE:
+            return None
+        return Straggler(rank, min(1.0, excess), is_news=self._times == PATIENCE)

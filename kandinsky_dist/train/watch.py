@@ -136,10 +136,9 @@ class Watch:
         found = self._stragglers.judge(alone.tolist(), window_seconds)
         if found is None:
             return {}
-        say(
-            f"rank {found.rank} is slow: all others wait for it {found.excess:.0%} of each step",
-            self._process,
-        )
+        if found.is_news:
+            share = f"{found.excess:.0%} of each step"
+            say(f"rank {found.rank} is slow: all others wait for it {share}", self._process)
         return {"straggler_rank": found.rank, "straggler_excess": found.excess}
 
     def _save_seconds(self) -> float:
