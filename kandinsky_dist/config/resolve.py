@@ -21,6 +21,9 @@ _POSITIVE = (
     "parallel.bucket_mib",
     "checkpoint.every_steps",
     "guard.spike_patience_steps",
+    "watchdog.start_seconds",
+    "watchdog.pause_seconds",
+    "watchdog.heartbeat_seconds",
     "telemetry.log_every_steps",
     "validation.num_samples",
     "model.lora_rank",
@@ -29,6 +32,9 @@ _NOT_NEGATIVE = (
     "guard.max_nonfinite_steps",
     "guard.spike_threshold",
     "guard.max_rollbacks",
+    "watchdog.step_seconds",
+    "run.time_limit_seconds",
+    "run.time_margin_seconds",
     "run.seed",
     "data.num_workers",
     "optim.lr_warmup_steps",
@@ -40,7 +46,7 @@ _NOT_NEGATIVE = (
     "validation.every_steps",
 )
 _SHARES = ("data.caption_dropout", "data.image_embedding_dropout", "optim.adam_beta1", "optim.adam_beta2")
-_WHOLE_SHARES = ("data.horizontal_flip", "data.max_bad_fraction")
+_WHOLE_SHARES = ("data.horizontal_flip", "data.max_bad_fraction", "watchdog.straggler_share")
 
 
 def check(resolved: Resolved, *, world_size: int) -> None:
@@ -73,6 +79,7 @@ def problems(resolved: Resolved, *, world_size: int) -> Iterator[str]:
     yield from _combinations(resolved)
     yield from _sharding(resolved, world_size)
     yield from _reduction(resolved)
+    yield from _watchdog(config)
     yield from _packages(config)
 
 
@@ -255,6 +262,20 @@ def _one_view(data: DataConfig, what: str) -> Iterator[str]:
             f"data.captions={list(data.captions)} chooses among captions, and {what} has one of a sample: "
             "name that one, or train with data.source=raw"
         )
+
+
+def _watchdog(config: Config) -> Iterator[str]:
+    watchdog = config.watchdog
+    if watchdog.step_seconds == 0:
+        return
+    if watchdog.step_seconds < 5 * watchdog.heartbeat_seconds:
+        yield (
+            f"watchdog.step_seconds={watchdog.step_seconds} must be at least 5 x watchdog.heartbeat_seconds "
+            f"({watchdog.heartbeat_seconds}): a late sign of life is no silence; 0 switches the watchdog off"
+        )
+    for key in ("watchdog.start_seconds", "watchdog.pause_seconds"):
+        if config.get(key) < watchdog.step_seconds:
+            yield f"{key}={config.get(key)} must not be below watchdog.step_seconds={watchdog.step_seconds}"
 
 
 def _is_weight(text: str) -> bool:

@@ -23,6 +23,14 @@ class RunConfig:
     dir: str = option("runs/{stage}", "run folder; {stage} is replaced by prior or decoder")
     seed: int = option(0, "seed of data order, captions, noise and timesteps")
     max_steps: int = option(1000, "optimizer steps in all, restarts included")
+    time_limit_seconds: float = option(
+        0.0,
+        "seconds after which this start saves itself and ends with 75; 0: before the end of the Slurm job, "
+        "where there is one",
+    )
+    time_margin_seconds: float = option(
+        60.0, "seconds that are left for the way out when the last checkpoint of a limited start is written"
+    )
     resume: str = option("auto", "auto: continue the run folder's newest whole checkpoint; never; or a PATH")
     allow_change: tuple[str, ...] = option(
         (), "keys that may differ from those of the run that is resumed, e.g. [run.seed]"
@@ -209,6 +217,29 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchdogConfig:
+    """When a run counts as hung: it ends with exit code 1 and names the rank that did not arrive."""
+
+    start_seconds: float = option(
+        1800.0, "longest that a rank may be in one phase until it has done two steps: compilation, restoring"
+    )
+    step_seconds: float = option(
+        600.0, "the same for each phase of a later step, and longest silence of a process; 0: watchdog off"
+    )
+    pause_seconds: float = option(
+        3600.0, "the same for saving, validation and going back; all three must outlast a slow run's slowest"
+    )
+    heartbeat_seconds: float = option(
+        10.0, "between two signs of life of a rank in RUN/heartbeat; more than 500 ranks give them less often"
+    )
+    straggler_share: float = option(
+        0.1,
+        "a rank that takes this share of a step longer than the ranks' middle for what it does without the "
+        "others is named; 0: none is",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TelemetryConfig:
     """What is measured and where it goes."""
 
@@ -240,6 +271,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 

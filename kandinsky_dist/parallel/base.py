@@ -82,6 +82,9 @@ class Strategy(ABC):
     `backward`, and once `step`.
     """
 
+    gathers_weights = False
+    """Whether forward waits for other ranks, because weights are spread over them."""
+
     def __init__(self, config: Config, process: Process, *, num_micro: int, precision: torch.dtype) -> None:
         self.config = config
         self.process = process

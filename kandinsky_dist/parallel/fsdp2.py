@@ -29,6 +29,8 @@ class FSDP2Strategy(Strategy):
     Weights, moments and reductions are fp32; in bf16 the gathered weights and the activations are bf16.
     """
 
+    gathers_weights = True
+
     def prepare(self, plan: ModelPlan) -> nn.Module:
         """Builds the model on the host and moves it to the device block by block, each rank its rows."""
         module = plan.build()

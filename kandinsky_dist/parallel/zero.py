@@ -220,6 +220,8 @@ class Zero12(ZeroStrategy):
 class Zero3(ZeroStrategy):
     """Stage 3: weights are partitioned too, from the moment the model is built."""
 
+    gathers_weights = True
+
     def _build(self, deepspeed: Any, plan: ModelPlan) -> nn.Module:
         # No dtype argument: where fp16 is not supported DeepSpeed 0.19 reads any as bf16. The file says it.
         with deepspeed.zero.Init(config_dict_or_path=self._settings):

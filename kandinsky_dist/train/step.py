@@ -1,6 +1,8 @@
 """One optimizer step, and the losses since the last log entry. No host sync in the step."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,27 @@ from kandinsky_dist.objectives.base import Objective
 from kandinsky_dist.parallel.base import StepOutcome, Strategy
 
 
+class Watched(Protocol):
+    """Who wants to know where a step is. No host sync."""
+
+    def enter(self, phase: str) -> None:
+        """Something else is done from now on."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """What is inside is done by each rank for itself."""
+
+
+class _Unwatched:
+    def enter(self, phase: str) -> None:
+        pass
+
+    def alone(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+UNWATCHED: Watched = _Unwatched()
+
+
 def train_step(
     strategy: Strategy,
     objective: Objective,
@@ -18,19 +41,29 @@ def train_step(
     microbatches: Sequence[Batch],
     *,
     learning_rate: float,
+    watch: Watched = UNWATCHED,
 ) -> tuple[Tensor, StepOutcome]:
     """Accumulates the micro-batches' gradients and updates the weights once.
+
+    Args:
+        strategy, objective, model: of the run.
+        microbatches: this rank's of the step.
+        learning_rate: of the step.
+        watch: is told where the step is.
 
     Returns:
         This rank's mean loss over its samples of the step (fp32, 0-d, on the device), and the outcome.
     """
     loss_sum = torch.zeros((), device=microbatches[0].positions_B.device)
     for index, batch in enumerate(microbatches):
-        prepared = objective.prepare(batch)
+        with watch.alone():
+            prepared = objective.prepare(batch)
         with strategy.accumulate(is_last=index == len(microbatches) - 1):
-            loss = objective.losses(model, prepared).mean() / len(microbatches)
+            with nullcontext() if strategy.gathers_weights else watch.alone():
+                loss = objective.losses(model, prepared).mean() / len(microbatches)
             strategy.backward(loss)
         loss_sum += loss.detach()
+    watch.enter("step")
     return loss_sum, strategy.step(learning_rate=learning_rate)
 
 

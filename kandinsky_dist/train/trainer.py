@@ -3,28 +3,23 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from statistics import fmean
 
 from kandinsky_dist.checkpoint.manager import CheckpointManager
 from kandinsky_dist.config.loader import Resolved
 from kandinsky_dist.config.resolve import num_micro, run_dir
 from kandinsky_dist.data.batch import BadSample, Batch
-from kandinsky_dist.errors import (
-    DISK_FULL,
-    ConfigError,
-    DataError,
-    DiskFullError,
-    KandinskyError,
-    StoppedError,
-)
+from kandinsky_dist.errors import KandinskyError, StoppedError
 from kandinsky_dist.faults.divergence import Divergence
+from kandinsky_dist.faults.fence import Fence
 from kandinsky_dist.faults.preempt import StopRequest
+from kandinsky_dist.faults.watchdog import Watchdog
 from kandinsky_dist.optim.schedule import learning_rate
 from kandinsky_dist.parallel.base import StepOutcome
 from kandinsky_dist.parallel.loss_scale import SCALE as LOSS_SCALE
 from kandinsky_dist.parallel.select import engine_precision, select
 from kandinsky_dist.runtime import agree
-from kandinsky_dist.runtime.disk import write_whole
 from kandinsky_dist.runtime.logs import say
 from kandinsky_dist.runtime.process import Process
 from kandinsky_dist.telemetry.meter import Meter
@@ -33,18 +28,19 @@ from kandinsky_dist.telemetry.sinks import AuditLog, BadSampleLog, Sink, open_si
 from kandinsky_dist.train import average, build, corpora
 from kandinsky_dist.train.cost import flops_per_sample
 from kandinsky_dist.train.evaluate import evaluate
-from kandinsky_dist.train.feed import Feed, StepData
+from kandinsky_dist.train.feed import Feed, StepData, too_many_bad_samples
+from kandinsky_dist.train.out_of_memory import explained_out_of_memory, held_by
 from kandinsky_dist.train.rollback import Guard
 from kandinsky_dist.train.step import LossWindow, train_step
-
-MIN_JUDGED_SAMPLES = 1000
-"""A share of damaged samples says little of a corpus before so many have been seen."""
+from kandinsky_dist.train.watch import Watch, open_run_dir
 
 
 class Trainer:
     """A run from its restored checkpoint to its last step. Collective: made and run on every rank."""
 
-    def __init__(self, resolved: Resolved, process: Process, stop: StopRequest) -> None:
+    def __init__(
+        self, resolved: Resolved, process: Process, stop: StopRequest, dog: Watchdog | None = None
+    ) -> None:
         config = self.config = resolved.config
         self.process = process
         self.run_dir = run_dir(config)
@@ -57,6 +53,7 @@ class Trainer:
         self.num_samples = order.num_samples if order is not None else None
         if order is None:
             say(corpora.STREAM_NOTICE, process)
+        fence = Fence(self.run_dir)
         self.checkpoints = CheckpointManager(
             self.run_dir,
             process,
@@ -64,13 +61,19 @@ class Trainer:
             identity=build.identity(config, folders) | corpora.identity(config, order),
             config_yaml=resolved.to_yaml(),
             is_async=config.checkpoint.async_save,
+            fence=fence,
             on_failure=stop.make,  # all ranks stop at one step, and there `finish` says why
         )
         # Judged before the run folder is written to: a refused run leaves the earlier one as it was.
         micro = num_micro(config, world_size=process.world_size)
         self.strategy = select(config, process, num_micro=micro)
         checkpoint = self.checkpoints.find(config.run.resume, config.run.allow_change)
-        agree.decided_by_first(lambda: self.open_run_dir(resolved.to_yaml()))
+        owner = agree.decided_by_first(
+            lambda: open_run_dir(self.run_dir, resolved.to_yaml(), fence, process.world_size)
+        )
+        self.watch = Watch(
+            config, self.run_dir, fence, owner, self.checkpoints, process, stop, dog or Watchdog()
+        )
         precision = engine_precision(config, process.device)
         plan = build.model_plan(config, folders.source)
         self.model = self.strategy.prepare(plan)
@@ -81,10 +84,11 @@ class Trainer:
             self.validation = corpora.build_loader(
                 config, folders.prior, held_out, process, is_training=False
             )
+        self.watch.enter("restore")
         self.state = self.checkpoints.restore(self.strategy, checkpoint, plan)
         self.ema = average.restored(self.strategy, checkpoint, process)
         self.guard = Guard(config.guard, self.run_dir, self.checkpoints, plan, process)
-        self.saved_step = self.state.step
+        self.saved_step = self.watch.step = self.state.step
         self.losses = self.pending_losses()
         self.feed = Feed(self.loader.steps(self.state.samples_consumed), stop)
         self.meter = Meter(
@@ -120,16 +124,24 @@ class Trainer:
             while self.state.step < config.run.max_steps:
                 microbatches = self.next_step_data().microbatches  # on the device, exactly num_micro each
                 rate = self.learning_rate()
+                self.watch.enter("compute")
                 loss, outcome = train_step(
-                    self.strategy, self.objective, self.model, microbatches, learning_rate=rate
+                    self.strategy,
+                    self.objective,
+                    self.model,
+                    microbatches,
+                    learning_rate=rate,
+                    watch=self.watch,
                 )
                 self.ema.update(outcome.skipped)
                 self.state.advance(config.data.global_batch_size)
                 self.losses.add(loss, outcome)
                 self.meter.tick()
+                self.watch.stepped(self.state.step)
                 self.write_audit(microbatches)
                 is_last = self.state.step == config.run.max_steps
                 if not is_last:
+                    self.watch.enter("data")
                     self.feed.look_ahead()  # while the device computes
                 if self.is_due(config.telemetry.log_every_steps) or self.is_due(
                     config.validation.every_steps
@@ -140,7 +152,9 @@ class Trainer:
                         continue
                 if is_last or self.is_due(config.checkpoint.every_steps):
                     self.save()
+            self.watch.enter("save")
             self.checkpoints.finish()
+            self.watch.enter("leave")
 
     def next_step_data(self) -> StepData:
         """The data of the next step; saves the run first where it must stop. Collective: call on every rank.
@@ -149,6 +163,7 @@ class Trainer:
             StoppedError: a stop was requested.
             DataError: a rank has no data, or too many samples were damaged.
         """
+        self.watch.enter("data")
         data = self.feed.take()
         error: KandinskyError | None = data.failure
         if error is None and data.is_stopped:
@@ -157,7 +172,7 @@ class Trainer:
                 f"in {self.run_dir}: the same command continues"
             )
         self.write_bad_samples(data.bad_samples)
-        error = error or self.too_many_bad_samples(data.bad_samples)
+        error = error or too_many_bad_samples(data.bad_samples, self.state, self.config.data, self.run_dir)
         if error is not None:
             if self.state.step > self.saved_step:
                 self.save()
@@ -165,19 +180,6 @@ class Trainer:
             raise error
         self.state.num_bad_samples += len(data.bad_samples)
         return data
-
-    def too_many_bad_samples(self, found: Sequence[BadSample]) -> DataError | None:
-        """Judges how many samples were damaged so far, those of the next step included."""
-        num_bad = self.state.num_bad_samples + len(found)
-        num_samples = self.state.samples_consumed + self.config.data.global_batch_size
-        share = self.config.data.max_bad_fraction
-        if num_bad <= share * max(num_samples, MIN_JUDGED_SAMPLES):
-            return None
-        return DataError(
-            f"{num_bad} of {num_samples} samples so far are damaged, more than data.max_bad_fraction={share} "
-            f"allows, last {found[-1].reason}; they are in {self.run_dir / 'bad_samples.jsonl'}: mend the "
-            "corpus or raise the share"
-        )
 
     def is_due(self, every_steps: int) -> bool:
         """Whether something that happens every so many steps happens after the current one; 0 is never."""
@@ -199,6 +201,7 @@ class Trainer:
 
         Host sync. Collective: call on every rank.
         """
+        self.watch.enter("report")
         losses, skipped, rescaled = self.losses.read()
         divergence = self.guard.judge(self.state, losses, skipped, rescaled)
         entry: dict[str, float | int] = {
@@ -219,7 +222,9 @@ class Trainer:
             self.loader.data_wait_seconds,
         )
         entry |= self.meter.report(waited)
+        entry |= self.watch.report(waited, entry.get("step_seconds", 0.0) * len(losses))
         if self.validation and self.is_due(self.config.validation.every_steps):
+            self.watch.enter("validate")
             with self.meter.pause():
                 entry |= average.with_average(self.ema, self.strategy, self.evaluate)
         if self.num_samples is not None:
@@ -234,10 +239,11 @@ class Trainer:
 
     def go_back(self, divergence: Divergence) -> None:
         """Returns to the weights from before a divergence. Collective: call on every rank."""
+        self.watch.enter("go back")
         with self.meter.pause():
             self.state, checkpoint = self.guard.go_back(self.strategy, self.state, divergence)
             self.ema = average.restored(self.strategy, checkpoint, self.process)
-        self.saved_step = self.state.step
+        self.saved_step = self.watch.step = self.state.step
         self.losses = self.pending_losses()
 
     def pending_losses(self) -> LossWindow:
@@ -252,6 +258,8 @@ class Trainer:
 
     def save(self) -> None:
         """Saves the run, beside training where that is asked for. Collective: call on every rank."""
+        self.watch.enter("save")
+        self.watch.check_save(self.saved_step)
         with self.meter.pause():
             losses, skipped, rescaled = self.losses.read()
             self.state.pending_losses = losses
@@ -286,16 +294,6 @@ class Trainer:
                     stack.callback(log.close)
             stack.callback(self.feed.close)
             stack.callback(self.checkpoints.close)
+            held = partial(held_by, self.strategy, self.model, self.objective, self.ema)
+            stack.enter_context(explained_out_of_memory(self.config, self.process, held))
             yield
-
-    def open_run_dir(self, config_yaml: str) -> None:
-        """Makes the run folder and writes the resolved configuration. Rank 0 only."""
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            write_whole(self.run_dir / "config.yaml", config_yaml)
-        except OSError as error:
-            if error.errno in DISK_FULL:
-                raise DiskFullError(
-                    f"run.dir={self.run_dir}: {error.strerror}; make room and retry"
-                ) from error
-            raise ConfigError(f"run.dir={self.run_dir} cannot be written: {error.strerror}") from error
