@@ -5,6 +5,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from statistics import fmean
 
+from torch.profiler import record_function
+
 from kandinsky_dist.checkpoint.manager import CheckpointManager
 from kandinsky_dist.config.loader import Resolved
 from kandinsky_dist.config.resolve import num_micro, run_dir
@@ -84,7 +86,9 @@ class Trainer:
         self.guard = Guard(config.guard, self.run_dir, self.checkpoints, plan, process)
         self.saved_step = self.state.step
         self.losses = LossWindow(self.state.pending_losses, self.state.pending_skipped)
-        self.feed = Feed(self.loader.steps(self.state.samples_consumed), stop)
+        self.feed = Feed(
+            self.loader.steps(self.state.samples_consumed), self.objective.prepare, stop, process.device
+        )
         self.meter = Meter(
             config.data.global_batch_size,
             flops_per_sample(config, folders, self.objective, process.device) if process.is_first else None,
@@ -114,19 +118,23 @@ class Trainer:
             )
         with self.guards():
             while self.state.step < config.run.max_steps:
-                microbatches = self.next_step_data().microbatches  # on the device, exactly num_micro each
+                data = self.next_step_data()  # on the device, exactly num_micro micro-batches
                 rate = self.learning_rate()
+                is_last = self.state.step + 1 == config.run.max_steps
                 loss, outcome = train_step(
-                    self.strategy, self.objective, self.model, microbatches, learning_rate=rate
+                    self.strategy,
+                    self.objective,
+                    self.model,
+                    data.prepared,
+                    learning_rate=rate,
+                    beside=None if is_last else self.feed.look_ahead,
                 )
-                self.ema.update(outcome.skipped)
+                with record_function("ema"):
+                    self.ema.update(outcome.skipped)
                 self.state.advance(config.data.global_batch_size)
                 self.losses.add(loss, outcome)
                 self.meter.tick()
-                self.write_audit(microbatches)
-                is_last = self.state.step == config.run.max_steps
-                if not is_last:
-                    self.feed.look_ahead()  # while the device computes
+                self.write_audit(data.microbatches)
                 if self.is_due(config.telemetry.log_every_steps) or self.is_due(
                     config.validation.every_steps
                 ):
