@@ -1,15 +1,15 @@
 """One optimizer step, and the losses since the last log entry. No host sync in the step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
-from kandinsky_dist.data.batch import Batch
-from kandinsky_dist.objectives.base import Objective
+from kandinsky_dist.objectives.base import Objective, Prepared
 from kandinsky_dist.parallel.base import StepOutcome, Strategy
 
 
@@ -38,33 +38,42 @@ def train_step(
     strategy: Strategy,
     objective: Objective,
     model: nn.Module,
-    microbatches: Sequence[Batch],
+    microbatches: Sequence[Prepared],
     *,
     learning_rate: float,
     watch: Watched = UNWATCHED,
+    beside: Callable[[], None] | None = None,
 ) -> tuple[Tensor, StepOutcome]:
     """Accumulates the micro-batches' gradients and updates the weights once.
 
+    Its parts are the ranges "forward", "backward" and "optimizer" of a profile.
+
     Args:
-        strategy, objective, model: of the run.
-        microbatches: this rank's of the step.
+        strategy: the engine.
+        objective: the loss.
+        model: what the engine's `prepare` returned.
+        microbatches: this rank's.
         learning_rate: of the step.
         watch: is told where the step is.
+        beside: called once all but the update is queued: what it computes on another stream runs beside the
+            step, even where the engine waits for the device before its update, as DeepSpeed does.
 
     Returns:
         This rank's mean loss over its samples of the step (fp32, 0-d, on the device), and the outcome.
     """
     loss_sum = torch.zeros((), device=microbatches[0].positions_B.device)
-    for index, batch in enumerate(microbatches):
-        with watch.alone():
-            prepared = objective.prepare(batch)
+    for index, prepared in enumerate(microbatches):
         with strategy.accumulate(is_last=index == len(microbatches) - 1):
-            with nullcontext() if strategy.gathers_weights else watch.alone():
+            with record_function("forward"), nullcontext() if strategy.gathers_weights else watch.alone():
                 loss = objective.losses(model, prepared).mean() / len(microbatches)
-            strategy.backward(loss)
+            with record_function("backward"):
+                strategy.backward(loss)
         loss_sum += loss.detach()
+    if beside is not None:
+        beside()
     watch.enter("step")
-    return loss_sum, strategy.step(learning_rate=learning_rate)
+    with record_function("optimizer"):
+        return loss_sum, strategy.step(learning_rate=learning_rate)
 
 
 class LossWindow:

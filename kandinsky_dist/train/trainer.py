@@ -6,6 +6,8 @@ from dataclasses import asdict
 from functools import partial
 from statistics import fmean
 
+from torch.profiler import record_function
+
 from kandinsky_dist.checkpoint.manager import CheckpointManager
 from kandinsky_dist.config.loader import Resolved
 from kandinsky_dist.config.resolve import num_micro, run_dir
@@ -15,6 +17,7 @@ from kandinsky_dist.faults.divergence import Divergence
 from kandinsky_dist.faults.fence import Fence
 from kandinsky_dist.faults.preempt import StopRequest
 from kandinsky_dist.faults.watchdog import Watchdog
+from kandinsky_dist.objectives.base import Prepared
 from kandinsky_dist.optim.schedule import learning_rate
 from kandinsky_dist.parallel.base import StepOutcome
 from kandinsky_dist.parallel.loss_scale import SCALE as LOSS_SCALE
@@ -90,7 +93,7 @@ class Trainer:
         self.guard = Guard(config.guard, self.run_dir, self.checkpoints, plan, process)
         self.saved_step = self.watch.step = self.state.step
         self.losses = self.pending_losses()
-        self.feed = Feed(self.loader.steps(self.state.samples_consumed), stop)
+        self.feed = Feed(self.loader.steps(self.state.samples_consumed), self.prepare, stop, process.device)
         self.meter = Meter(
             config.data.global_batch_size,
             flops_per_sample(config, folders, self.objective, process.device, cache)
@@ -122,27 +125,26 @@ class Trainer:
             )
         with self.guards():
             while self.state.step < config.run.max_steps:
-                microbatches = self.next_step_data().microbatches  # on the device, exactly num_micro each
+                data = self.next_step_data()  # on the device, exactly num_micro micro-batches
                 rate = self.learning_rate()
                 self.watch.enter("compute")
+                is_last = self.state.step + 1 == config.run.max_steps
                 loss, outcome = train_step(
                     self.strategy,
                     self.objective,
                     self.model,
-                    microbatches,
+                    data.prepared,
                     learning_rate=rate,
                     watch=self.watch,
+                    beside=None if is_last else self.look_ahead,
                 )
-                self.ema.update(outcome.skipped)
+                with record_function("ema"):
+                    self.ema.update(outcome.skipped)
                 self.state.advance(config.data.global_batch_size)
                 self.losses.add(loss, outcome)
                 self.meter.tick()
                 self.watch.stepped(self.state.step)
-                self.write_audit(microbatches)
-                is_last = self.state.step == config.run.max_steps
-                if not is_last:
-                    self.watch.enter("data")
-                    self.feed.look_ahead()  # while the device computes
+                self.write_audit(data.microbatches)
                 if self.is_due(config.telemetry.log_every_steps) or self.is_due(
                     config.validation.every_steps
                 ):
@@ -180,6 +182,16 @@ class Trainer:
             raise error
         self.state.num_bad_samples += len(data.bad_samples)
         return data
+
+    def prepare(self, batch: Batch) -> Prepared:
+        """Runs the frozen encoders on a micro-batch, in this rank's own time."""
+        with self.watch.alone():
+            return self.objective.prepare(batch)
+
+    def look_ahead(self) -> None:
+        """Fetches and encodes the next step's data while the device computes. Collective, nobody waits."""
+        self.watch.enter("data")
+        self.feed.look_ahead()
 
     def is_due(self, every_steps: int) -> bool:
         """Whether something that happens every so many steps happens after the current one; 0 is never."""

@@ -85,7 +85,8 @@ def one_run(run: Run, process: Process) -> dict[str, Any]:
             trainer.objective = Hostile(trainer.objective, run.factors)
             if run.moved_to is not None:
                 trainer.state.samples_consumed = run.moved_to
-                trainer.feed = Feed(trainer.loader.steps(run.moved_to), StopRequest())
+                steps = trainer.loader.steps(run.moved_to)
+                trainer.feed = Feed(steps, trainer.objective.prepare, StopRequest(), process.device)
             _observe(trainer, run.observed_step, found)
             trainer.run()
         except Exception as error:
