@@ -1,6 +1,6 @@
 """A micro-batch, and what is said of samples that had to be replaced in it.
 
-Letters of shapes: B samples, C 3 channels, H and W pixels, L tokens.
+Letters of shapes: B samples, C 3 channels, H and W pixels, L tokens of the longest caption, rounded up.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+TEXT_MULTIPLE = 8
+"""Texts are padded to multiples of so many tokens: each length is another shape to compile and allocate."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def num_text_tokens(self) -> int:
+        """L, known from the shape alone; 0 where there is no text."""
+        return 0 if self.token_mask_BL is None else self.token_mask_BL.shape[1]
+
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, from which copies to the device run on their own."""
         return self._map(lambda tensor: tensor.pin_memory())
@@ -58,3 +66,8 @@ class Batch:
             if isinstance(value := getattr(self, item.name), Tensor)
         }
         return replace(self, **changed)
+
+
+def text_length(longest: int, maximum: int) -> int:
+    """Tokens that texts are padded to, the longest of which has `longest`."""
+    return min(maximum, max(1, -(-longest // TEXT_MULTIPLE)) * TEXT_MULTIPLE)
