@@ -30,7 +30,7 @@ from kandinsky_dist.telemetry.meter import Meter
 from kandinsky_dist.telemetry.progress import Progress
 from kandinsky_dist.telemetry.sinks import AuditLog, BadSampleLog, Sink, open_sinks
 from kandinsky_dist.train import average, build, corpora
-from kandinsky_dist.train.cost import flops_per_sample
+from kandinsky_dist.train.cost import step_cost
 from kandinsky_dist.train.evaluate import evaluate
 from kandinsky_dist.train.feed import Feed, StepData
 from kandinsky_dist.train.rollback import Guard
@@ -85,12 +85,8 @@ class Trainer:
         self.saved_step = self.state.step
         self.losses = LossWindow(self.state.pending_losses, self.state.pending_skipped)
         self.feed = Feed(self.loader.steps(self.state.samples_consumed), stop)
-        self.meter = Meter(
-            config.data.global_batch_size,
-            flops_per_sample(config, folders, self.objective, process.device) if process.is_first else None,
-            process.device,
-            process.world_size,
-        )
+        self.cost = step_cost(config, folders, self.objective) if process.is_first else None
+        self.meter = Meter(config.data.global_batch_size, process.device)
         self.sinks: list[Sink] = (
             open_sinks(self.run_dir, config.telemetry.report_to) if process.is_first else []
         )
@@ -122,7 +118,7 @@ class Trainer:
                 self.ema.update(outcome.skipped)
                 self.state.advance(config.data.global_batch_size)
                 self.losses.add(loss, outcome)
-                self.meter.tick()
+                self.meter.tick(self.cost(microbatches) if self.cost else None)
                 self.write_audit(microbatches)
                 is_last = self.state.step == config.run.max_steps
                 if not is_last:

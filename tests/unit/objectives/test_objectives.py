@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.objective import Recorder, batch_at, configuration, loader_of, objective_of
+from helpers.objective import Recorder, batch_at, configuration, loader_of, objective_of, padded
 
 from kandinsky_dist.objectives.base import NUM_HELD_OUT_DRAWS, Draw, Prepared, roll_conditions
 from kandinsky_dist.train import build
@@ -99,7 +99,7 @@ def test_several_noise_draws_are_the_mean_of_as_many_losses(tiny_models, small_c
     losses_B.mean().backward()
     theirs = folders.source.build()
     theirs.load_state_dict(folders.source.state_dict())
-    single, whole = replace(objective, noise_draws=1), objective.prepare(padded(batch))
+    single, whole = replace(objective, noise_draws=1), objective.prepare(padded(batch, 77))
     draws = [Draw(number, 3) for number in range(3)]
     expected_B = torch.stack([single.losses(theirs, whole, draw=draw) for draw in draws]).mean(0)
     expected_B.mean().backward()
@@ -110,21 +110,11 @@ def test_several_noise_draws_are_the_mean_of_as_many_losses(tiny_models, small_c
             torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def padded(batch):
-    """The batch with its texts at CLIP's full length."""
-    missing = (0, 77 - batch.num_text_tokens)
-    return replace(
-        batch,
-        token_ids_BL=torch.nn.functional.pad(batch.token_ids_BL, missing, value=49407),
-        token_mask_BL=torch.nn.functional.pad(batch.token_mask_BL, missing, value=False),
-    )
-
-
 def test_what_is_prepared_of_a_cut_text_is_the_beginning_of_the_whole(tiny_models, small_corpus):
     """The text encoder is causal, and pools at each caption's first end token."""
     config = configuration("prior", models=tiny_models, corpus=small_corpus)
     objective, batch = objective_of(config), batch_at(loader_of(config), range(8))
-    cut, whole = objective.prepare(batch).conditions, objective.prepare(padded(batch)).conditions
+    cut, whole = objective.prepare(batch).conditions, objective.prepare(padded(batch, 77)).conditions
     length = batch.num_text_tokens
     assert length % 8 == 0
     assert length - 8 < int(batch.token_mask_BL.sum(1).max()) <= length < 77
