@@ -27,6 +27,7 @@ _POSITIVE = (
     "telemetry.log_every_steps",
     "validation.num_samples",
     "model.lora_rank",
+    "objective.noise_draws",
 )
 _NOT_NEGATIVE = (
     "guard.max_nonfinite_steps",

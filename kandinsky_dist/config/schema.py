@@ -118,6 +118,12 @@ class ObjectiveConfig:
         "min-SNR weighting (5 is usual); the prior predicts x0, whose weight tends to 0 at high noise, "
         "where text conditioning is learnt",
     )
+    noise_draws: int = option(
+        1,
+        "noises and timesteps a caption in one forward pass, which compute its text once: a gradient of less "
+        "variance for little more work (docs/draws.md)",
+        stage="prior",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +184,9 @@ class ParallelConfig:
     prefetch_blocks: int = option(1, "fsdp2: blocks whose weights are gathered ahead")
     ds_config: str | None = option(None, "DeepSpeed file in place of ds_configs/<strategy>.json")
     gradient_checkpointing: bool = option(False, "recompute blocks in backward: less memory, more time")
-    attention: Literal["sdpa", "xformers"] = option("sdpa", "attention kernels")
+    attention: Literal["sdpa", "xformers"] = option(
+        "sdpa", "attention kernels; the prior always runs torch's own", stage="decoder"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

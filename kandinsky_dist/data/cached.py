@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kandinsky_dist.data.aspects import WHOLE
-from kandinsky_dist.data.batch import Batch
-from kandinsky_dist.data.cache_description import CacheDescription
+from kandinsky_dist.data.batch import Batch, text_length
+from kandinsky_dist.data.cache_description import MAX_TEXT_STATES, CacheDescription
 from kandinsky_dist.data.captions import caption_drops
 from kandinsky_dist.data.order import Order
 from kandinsky_dist.data.records import RecordBatch, RecordReader
@@ -95,13 +95,13 @@ class CachedDataset:
         drops_B = torch.from_numpy(
             caption_drops(records.positions_B, share=self._caption_dropout, seed=self._seed)
         )
+        empty_LD = self._constants["text_states"]
+        lengths_B[drops_B] = len(empty_LD)
+        length = text_length(int(lengths_B.max()), MAX_TEXT_STATES)
+        states_BLD = _of_length(states_BLD, length)
         if drops_B.any():
-            empty_LD = self._constants["text_states"]
-            lengths_B[drops_B] = len(empty_LD)
-            longest = int(lengths_B.max())
-            states_BLD = _of_length(states_BLD, longest)
             embeds_BD[drops_B] = self._constants["text_embeds"]
-            states_BLD[drops_B] = _of_length(empty_LD[None], longest)
+            states_BLD[drops_B] = _of_length(empty_LD[None], length)
         return {
             "text_embeds_BD": embeds_BD,
             "text_states_BLD": states_BLD,

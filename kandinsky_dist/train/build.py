@@ -72,6 +72,10 @@ def model_plan(config: Config, source: ModelSource) -> ModelPlan:
     def build() -> nn.Module:
         module = source.build()
         freeze_statistics(module)
+        if config.stage == "prior":
+            from kandinsky_dist.models.prior import make_pad_free
+
+            make_pad_free(module)
         if config.model.variant == "lora":
             from kandinsky_dist.models.lora import add_adapters
 
@@ -120,6 +124,7 @@ def build_objective(
             normalisation=normalisation,
             seed=config.run.seed,
             snr_gamma=config.objective.snr_gamma,
+            noise_draws=config.objective.noise_draws,
         )
     movq = None
     if cache is not None:
@@ -168,6 +173,8 @@ def identity(config: Config, folders: Folders) -> dict[str, Any]:
         "stage": config.stage,
         **{key: config.get(key) for key in ("model.variant", "objective.snr_gamma")},
     }
+    if config.stage == "prior":
+        found["objective.noise_draws"] = config.objective.noise_draws
     if config.model.variant == "lora":
         found["model.lora_rank"] = config.model.lora_rank
     weights = {"model.prior": weights_fingerprint(folders.prior, folders.prior_networks)}

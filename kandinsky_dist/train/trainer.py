@@ -29,7 +29,7 @@ from kandinsky_dist.telemetry.meter import Meter
 from kandinsky_dist.telemetry.progress import Progress
 from kandinsky_dist.telemetry.sinks import AuditLog, BadSampleLog, Sink, open_sinks
 from kandinsky_dist.train import average, build, corpora
-from kandinsky_dist.train.cost import flops_per_sample
+from kandinsky_dist.train.cost import step_cost
 from kandinsky_dist.train.evaluate import evaluate
 from kandinsky_dist.train.feed import Feed, StepData, too_many_bad_samples
 from kandinsky_dist.train.out_of_memory import explained_out_of_memory, held_by
@@ -94,14 +94,8 @@ class Trainer:
         self.saved_step = self.watch.step = self.state.step
         self.losses = self.pending_losses()
         self.feed = Feed(self.loader.steps(self.state.samples_consumed), self.prepare, stop, process.device)
-        self.meter = Meter(
-            config.data.global_batch_size,
-            flops_per_sample(config, folders, self.objective, process.device, cache)
-            if process.is_first
-            else None,
-            process.device,
-            process.world_size,
-        )
+        self.cost = step_cost(config, folders, self.objective, cache) if process.is_first else None
+        self.meter = Meter(config.data.global_batch_size, process.device)
         self.sinks: list[Sink] = (
             open_sinks(self.run_dir, config.telemetry.report_to) if process.is_first else []
         )
@@ -142,7 +136,7 @@ class Trainer:
                     self.ema.update(outcome.skipped)
                 self.state.advance(config.data.global_batch_size)
                 self.losses.add(loss, outcome)
-                self.meter.tick()
+                self.meter.tick(self.cost(data.microbatches) if self.cost else None)
                 self.watch.stepped(self.state.step)
                 self.write_audit(data.microbatches)
                 if self.is_due(config.telemetry.log_every_steps) or self.is_due(
