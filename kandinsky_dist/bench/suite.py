@@ -12,7 +12,7 @@ from kandinsky_dist.models.architectures import Size
 
 PLANS: dict[Size, Plan] = {
     "tiny": Plan(num_warmup=2, num_steps=2, num_repeats=3, num_alive=0),
-    "small": Plan(num_warmup=2, num_steps=2, num_repeats=3, num_alive=0),
+    "small": Plan(num_warmup=1, num_steps=2, num_repeats=3, num_alive=0),
     "full": Plan(num_warmup=4, num_steps=8, num_repeats=3, num_alive=2),
 }
 
@@ -22,8 +22,8 @@ def run(out: Path, *, size: Size, models: Path | None, shards: str | None, strat
 
     Args:
         out: folder.
-        size: of the networks. Scaling has tiny ones where the ladder has small ones: a CPU's cores are shared
-            by all ranks, and the point is what dividing the work costs.
+        size: of the networks. Scaling has the tiny prior where the ladder has small networks: a CPU's cores
+            are shared by all ranks, and the point is what dividing the work costs.
         models: folder with prior/ and decoder/, or None.
         shards: as data.shards, or None.
         strategies: engines of the scaling.
@@ -35,7 +35,7 @@ def run(out: Path, *, size: Size, models: Path | None, shards: str | None, strat
         out,
         PLANS[fewer],
         Inputs(size=fewer, models=models, shards=shards, settings={}),
-        stages=STAGES,
+        stages=STAGES if size == "full" else STAGES[:1],
         strategies=strategies,
         modes=scaling.MODES,
         ranks=[],

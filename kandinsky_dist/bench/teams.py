@@ -132,14 +132,15 @@ class Team:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         # A port of the system's choice, held from here on.
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store: TCPStore | None = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = self._store.port
         self._connections: list[Connection] = []
         self._processes: list[BaseProcess] = []
         context = multiprocessing.get_context("spawn")
         with environment(machine_settings(world_size, is_on_cpu=is_on_cpu)):  # read when torch is imported
             for rank in range(world_size):
                 here, there = context.Pipe()
-                variables = _launch_variables(rank, world_size, self._store.port) if world_size > 1 else {}
+                variables = _launch_variables(rank, world_size, port) if world_size > 1 else {}
                 process = context.Process(target=_rank, args=(run, case, there, folder, rank, variables))
                 process.start()
                 there.close()
@@ -179,7 +180,7 @@ class Team:
                 process.join()
         for connection in self._connections:
             connection.close()
-        del self._store
+        self._connections, self._processes, self._store = [], [], None
 
     def _answers(self) -> list[dict[str, Any]]:
         found: dict[int, dict[str, Any]] = {}

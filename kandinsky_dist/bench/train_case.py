@@ -26,6 +26,9 @@ WITHOUT_DROPOUT: dict[Stage, dict[str, str]] = {
     "decoder": {"data.image_embedding_dropout": "0"},
 }
 
+COUNTED = ("gflop_per_sample", "tflops_per_second", "mfu")
+"""Figures that rest on counted FLOPs, where these are known."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -109,7 +112,7 @@ def row_of(case: Case, facts: Mapping[str, Any], repeats: Sequence[Mapping[str, 
             name: median(repeat["parts"][name] for repeat in repeats) for name in repeats[0]["parts"]
         }
         row["peak_memory_gib"] = max(repeat["peak_memory_gib"] for repeat in repeats)
-        for name in ("tflops_per_second", "mfu"):
+        for name in COUNTED:
             found = [repeat[name] for repeat in repeats if repeat.get(name) is not None]
             row[name] = median(found) if found else None
     return row
@@ -126,7 +129,7 @@ def merged(results: Sequence[Mapping[str, Any]], num_steps: int) -> dict[str, An
         "parts": {name: seconds / num_steps for name, seconds in slowest["parts"].items()},
         "peak_memory_gib": max(result["peak_memory_gib"] for result in results),
     }
-    for name in ("tflops_per_second", "mfu"):
+    for name in COUNTED:
         found[name] = results[0].get(name)
     losses = [result["first_loss"] for result in results if "first_loss" in result]
     if losses:

@@ -128,7 +128,11 @@ class Training:
     def _figures(self, step_seconds: float) -> dict[str, Any]:
         samples = self.config.data.global_batch_size / self._accelerator.num_processes
         tflops = samples * self._flops_per_sample / step_seconds / 1e12
-        found: dict[str, Any] = {"parts": self._watch.read(), "tflops_per_second": tflops}
+        found: dict[str, Any] = {
+            "parts": self._watch.read(),
+            "tflops_per_second": tflops,
+            "gflop_per_sample": self._flops_per_sample / 1e9,
+        }
         if self.device.type == "cuda":
             found["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
             peak = peak_tflops(torch.cuda.get_device_name(self.device))

@@ -61,7 +61,7 @@ def _settings(prior: int, decoder: int, resolution: int) -> dict[Stage, dict[str
 
 SHAPES: dict[Size, Shape] = {
     "tiny": Shape(128, 256, _settings(16, 8, 64)),
-    "small": Shape(128, 512, _settings(8, 4, 256)),
+    "small": Shape(128, 512, _settings(8, 2, 256)),
     "full": Shape(1024, 1024, _settings(64, 16, 512)),
 }
 

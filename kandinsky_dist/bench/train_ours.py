@@ -78,7 +78,11 @@ def _observe(trainer: Trainer, watch: Stopwatch, turns: Turns) -> None:
     def end(_step_seconds: float) -> dict[str, Any]:
         waited = trainer.loader.data_wait_seconds - waited_before
         watch.add("data", waited)
-        return {**trainer.meter.report(waited), "parts": watch.read()}
+        figures: dict[str, Any] = trainer.meter.report(waited)
+        if "tflops_per_second" in figures:  # of one rank; samples are of all
+            tflop = figures["tflops_per_second"] / figures["samples_per_second"]
+            figures["gflop_per_sample"] = 1e3 * tflop * trainer.process.world_size
+        return {**figures, "parts": watch.read()}
 
     def take_turn_then_data() -> Any:
         turns.step_begins()

@@ -25,8 +25,9 @@ LADDER_READING = """\
 - **times the first** and **times the one below** are ratios of samples a second; the range is that of the
   single rounds. A case that is no rung of the ladder, tried beside it, stands in parentheses.
 - **GFLOP a sample** are counted, forward and backward and frozen networks, without recomputation.
-- **loss** is that of the very first step, on the same samples with the same noise and weights: cases that do
-  the same work in the same arithmetic agree in it.
+- **loss** is that of the very first step, on the same samples with the same noise and weights. Cases that do
+  the same work in the same arithmetic agree in it, as far as their pictures do: the decoder here shrinks a
+  JPEG while it decodes it, Pillow afterwards.
 """
 PARTS_READING = """\
 Milliseconds of a step. On a GPU a part is timed on the device, data on the host; what runs beside something
@@ -62,13 +63,6 @@ def step_up(row: Row, rows: Sequence[Row]) -> float | None:
     return None if mine is None or theirs is None else mine / theirs
 
 
-def gflop_per_sample(row: Row) -> float | None:
-    """Counted FLOPs of a sample, 10^9; None where they are unknown."""
-    if not row.get("tflops_per_second"):
-        return None
-    return float(1e3 * row["tflops_per_second"] * row["world_size"] / row["samples_per_second"])
-
-
 def exposed_seconds(row: Row) -> float | None:
     """What a step waits for communication; None where it was not measured."""
     if not row.get("silent_seconds") or not row.get("reduced_seconds"):
@@ -93,7 +87,7 @@ def cases_table(rows: Sequence[Row]) -> str:
         Column("times the first", lambda row: number(ratio(row, first), ".2f")),
         Column("rounds", spread),
         Column("times the one below", lambda row: number(step_up(row, rows), ".2f")),
-        Column("GFLOP a sample", lambda row: number(gflop_per_sample(row), ",.1f")),
+        Column("GFLOP a sample", lambda row: number(row.get("gflop_per_sample"), ",.1f")),
         Column("TFLOP/s a rank", lambda row: number(row.get("tflops_per_second"), ",.3f")),
     ]
     if any(row.get("mfu") for row in rows):
