@@ -21,14 +21,21 @@ _POSITIVE = (
     "parallel.bucket_mib",
     "checkpoint.every_steps",
     "guard.spike_patience_steps",
+    "watchdog.start_seconds",
+    "watchdog.pause_seconds",
+    "watchdog.heartbeat_seconds",
     "telemetry.log_every_steps",
     "validation.num_samples",
     "model.lora_rank",
+    "objective.noise_draws",
 )
 _NOT_NEGATIVE = (
     "guard.max_nonfinite_steps",
     "guard.spike_threshold",
     "guard.max_rollbacks",
+    "watchdog.step_seconds",
+    "run.time_limit_seconds",
+    "run.time_margin_seconds",
     "run.seed",
     "data.num_workers",
     "optim.lr_warmup_steps",
@@ -40,7 +47,7 @@ _NOT_NEGATIVE = (
     "validation.every_steps",
 )
 _SHARES = ("data.caption_dropout", "data.image_embedding_dropout", "optim.adam_beta1", "optim.adam_beta2")
-_WHOLE_SHARES = ("data.horizontal_flip", "data.max_bad_fraction")
+_WHOLE_SHARES = ("data.horizontal_flip", "data.max_bad_fraction", "watchdog.straggler_share")
 
 
 def check(resolved: Resolved, *, world_size: int) -> None:
@@ -48,6 +55,19 @@ def check(resolved: Resolved, *, world_size: int) -> None:
     if world_size < 1:
         raise ConfigError(f"--world-size={world_size} must be above 0")
     for problem in problems(resolved, world_size=world_size):
+        raise ConfigError(problem)
+
+
+def check_precompute(config: Config) -> None:
+    """Raises what keeps a corpus from being encoded in advance as a ConfigError."""
+    data = config.data
+    if data.mixture:
+        raise ConfigError("data.mixture is set: precompute one corpus of it at a time, as data.shards")
+    if data.source != "raw":
+        raise ConfigError(
+            f"data.source={data.source}: precompute reads images and captions, with data.source=raw"
+        )
+    for problem in _one_view(data, "precompute"):
         raise ConfigError(problem)
 
 
@@ -60,6 +80,7 @@ def problems(resolved: Resolved, *, world_size: int) -> Iterator[str]:
     yield from _combinations(resolved)
     yield from _sharding(resolved, world_size)
     yield from _reduction(resolved)
+    yield from _watchdog(config)
     yield from _packages(config)
 
 
@@ -132,6 +153,7 @@ def _batch_arithmetic(config: Config, world_size: int) -> Iterator[str]:
 def _combinations(resolved: Resolved) -> Iterator[str]:
     config = resolved.config
     yield from _corpus(config.data)
+    yield from _cached(config.data)
     if config.validation.every_steps and config.validation.shards is None:
         yield (
             f"validation.every_steps={config.validation.every_steps} needs validation.shards; "
@@ -225,6 +247,36 @@ def _corpus(data: DataConfig) -> Iterator[str]:
         )
     elif is_pipe and not data.allow_pipe:
         yield "data.shards=pipe:... runs a shell command: allow it with data.allow_pipe=true"
+
+
+def _cached(data: DataConfig) -> Iterator[str]:
+    if data.source == "cached":
+        yield from _one_view(data, "data.source=cached")
+
+
+def _one_view(data: DataConfig, what: str) -> Iterator[str]:
+    """What cannot be chosen where a sample was encoded once."""
+    if data.random_crop:
+        yield f"data.random_crop=True needs data.source=raw: {what} has one crop of an image, its middle"
+    if len(data.captions) > 1:
+        yield (
+            f"data.captions={list(data.captions)} chooses among captions, and {what} has one of a sample: "
+            "name that one, or train with data.source=raw"
+        )
+
+
+def _watchdog(config: Config) -> Iterator[str]:
+    watchdog = config.watchdog
+    if watchdog.step_seconds == 0:
+        return
+    if watchdog.step_seconds < 5 * watchdog.heartbeat_seconds:
+        yield (
+            f"watchdog.step_seconds={watchdog.step_seconds} must be at least 5 x watchdog.heartbeat_seconds "
+            f"({watchdog.heartbeat_seconds}): a late sign of life is no silence; 0 switches the watchdog off"
+        )
+    for key in ("watchdog.start_seconds", "watchdog.pause_seconds"):
+        if config.get(key) < watchdog.step_seconds:
+            yield f"{key}={config.get(key)} must not be below watchdog.step_seconds={watchdog.step_seconds}"
 
 
 def _is_weight(text: str) -> bool:

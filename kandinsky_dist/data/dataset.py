@@ -27,6 +27,8 @@ NUM_AHEAD = 2
 class ShardDataset:
     """What a run is trained on: which samples, from where, seen how."""
 
+    in_process = False
+
     def __init__(self, order: Order, views: Views, storage: Storage) -> None:
         self.order = order
         self.views = views

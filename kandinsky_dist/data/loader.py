@@ -34,7 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """Where samples come from."""
+    """Where samples come from.
+
+    Attributes:
+        in_process: whether `batches` takes so little of the interpreter's time that worker processes would
+            only add the handing over.
+    """
+
+    in_process: bool
 
     @property
     def num_samples(self) -> int | None:
@@ -137,8 +144,8 @@ class Loader:
 
     def _batches(self, lists: Callable[[], Iterator[Sequence[int]]]) -> Generator[Batch, None, None]:
         """Batches on the host, in the order of the lists; a worker that dies is replaced where it was."""
-        if self.num_workers == 0:
-            for batch in self.source.batches(lists(), 0):
+        if self.num_workers == 0 or self.source.in_process:
+            for batch in self.source.batches(lists(), self.num_workers):
                 yield batch.pin_memory() if self.device.type == "cuda" else batch
             return
         num_delivered, num_deaths = 0, 0

@@ -12,7 +12,10 @@ import torch.distributed as dist
 from kandinsky_dist.config.ranks import read_ranks
 from kandinsky_dist.errors import ConfigError, StoppedError
 
-STARTUP_TIMEOUT = timedelta(minutes=30)
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+_timeout = DEFAULT_TIMEOUT
+"""Of the group that `joined` made last; torch does not tell."""
 
 
 @dataclass(frozen=True)
@@ -31,25 +34,26 @@ class Process:
 
 
 @contextmanager
-def joined() -> Iterator[Process]:
+def joined(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[Process]:
     """Joins the process group for the length of the context.
 
     A process group is made for a single process too, so that there is one code path.
+
+    Args:
+        timeout: longest that a collective waits for a rank; `cpu_group` takes it over.
 
     Raises:
         ConfigError: the launcher's variables contradict each other or the number of GPUs.
     """
     ranks = read_ranks(os.environ)
-    device = _device(ranks.local_rank)
+    device = device_of(ranks.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(
-            backend, rank=ranks.rank, world_size=ranks.world_size, timeout=STARTUP_TIMEOUT
-        )
+        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
     else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=STARTUP_TIMEOUT
-        )
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    global _timeout
+    _timeout = timeout
     # DeepSpeed reads these even where the group stands.
     os.environ.update(
         RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local_rank), WORLD_SIZE=str(ranks.world_size)
@@ -64,7 +68,19 @@ def joined() -> Iterator[Process]:
     dist.destroy_process_group()
 
 
-def _device(local_rank: int) -> torch.device:
+def cpu_group() -> dist.ProcessGroup:
+    """Another group of all ranks, over gloo, as patient as the first. Collective: call on every rank."""
+    group = dist.new_group(backend="gloo", timeout=_timeout)
+    assert group is not None
+    return group
+
+
+def device_of(local_rank: int) -> torch.device:
+    """The GPU that a process of this node has for itself, or the CPU where there are none.
+
+    Raises:
+        ConfigError: more processes than GPUs.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
