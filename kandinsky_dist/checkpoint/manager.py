@@ -228,8 +228,8 @@ class CheckpointManager:
                 return replace(own, passed_over=(*own.passed_over, line))
             if (path / COMMIT).exists() and path.resolve() != own.folder.resolve():
                 raise ConfigError(
-                    f"run.resume={path} is not the newest of its run, {own.folder} is: begin with it in another "
-                    "run.dir, or remove what came after it"
+                    f"run.resume={path} is not the newest of its run, {own.folder} is: begin with it in "
+                    "another run.dir, or remove what came after it"
                 )
             return own
         if (path / COMMIT).exists():
