@@ -84,6 +84,14 @@ def test_damaged_checkpoints_take_the_place_of_no_whole_one(process, tmp_path):
     assert steps_in(tmp_path) == [12, 9]
 
 
+def test_what_is_later_than_the_run_takes_the_place_of_none(process, tmp_path):
+    """As after going back to a checkpoint, where a later one is so damaged that its state cannot be read."""
+    own = saved(tmp_path, process, 20, 30)
+    own.save(OneParameter(), RunState(11))
+    own.save(OneParameter(), RunState(12))
+    assert steps_in(tmp_path) == [12, 11]
+
+
 def test_the_same_command_goes_on_with_the_runs_own_checkpoints(process, tmp_path, capsys):
     """And not for ever from the one that it began with."""
     saved(tmp_path / "other", process, 5)
