@@ -18,10 +18,15 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint folder is named by."""
+    return int(checkpoint.name[5:])
+
+
 def checkpoints_of(folder: Path) -> list[Path]:
     """Checkpoint folders of a run, newest first, whole or not."""
     found = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def checksum(path: Path) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from kandinsky_dist.checkpoint.files import (
     damage,
     folder_name,
     promised_files,
+    step_of,
 )
 from kandinsky_dist.errors import CheckpointError
 from kandinsky_dist.faults.divergence import Health
@@ -55,6 +56,7 @@ __all__ = [
     "folder_name",
     "promised_files",
     "read_state",
+    "step_of",
     "write_state",
     "write_tensors",
 ]

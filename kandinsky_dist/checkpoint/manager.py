@@ -20,6 +20,7 @@ from kandinsky_dist.checkpoint.layout import (
     RunState,
     checkpoints_of,
     damage,
+    step_of,
 )
 from kandinsky_dist.checkpoint.rollback import Rollback, read_rollback
 from kandinsky_dist.checkpoint.snapshot import Staging
@@ -58,7 +59,7 @@ def newest_whole(folder: Path, *, at_most_step: int | None = None) -> Found:
     was_finished = False
     rollback = read_rollback(folder)
     for path in checkpoints_of(folder):
-        is_later = at_most_step is not None and int(path.name[5:]) > at_most_step
+        is_later = at_most_step is not None and step_of(path) > at_most_step
         if is_later or (rollback is not None and rollback.voids(path)):
             continue
         reason = damage(path)

@@ -18,6 +18,7 @@ from kandinsky_dist.checkpoint.layout import (
     checkpoints_of,
     checksum,
     folder_name,
+    step_of,
     write_state,
     write_tensors,
 )
@@ -109,20 +110,21 @@ class Writer:
     def _finish(self, temporary: Path, final: Path, files: dict[str, Any], state: RunState) -> None:
         commit(temporary, final, files, SavedState(state, self._identity, versions()), self._config_yaml)
         self._given_up.discard(final)
-        self._retain(state.health.last_healthy_step)
+        self._retain(state)
 
-    def _retain(self, last_healthy_step: int) -> None:
+    def _retain(self, state: RunState) -> None:
         """Removes what is older than the newest `keep` finished checkpoints, and all unfinished ones.
 
         The newest one that is known to be healthy stays too: a run that has diverged goes back to it. A
-        damaged one counts as unfinished. What cannot be removed stays: the new one is written all the same.
+        damaged one counts as unfinished, and so does one of a step that the run has yet to reach: it was not
+        whole when the run continued. What cannot be removed stays: the new one is written all the same.
         """
         finished = [
             path
             for path in checkpoints_of(self._folder)
-            if path not in self._given_up and (path / COMMIT).exists()
+            if path not in self._given_up and step_of(path) <= state.step and (path / COMMIT).exists()
         ]
-        healthy = [path for path in finished if int(path.name[5:]) <= last_healthy_step]
+        healthy = [path for path in finished if step_of(path) <= state.health.last_healthy_step]
         for path in checkpoints_of(self._folder):
             if path not in finished[: self._keep] and path not in healthy[:1]:
                 try:
