@@ -66,7 +66,7 @@ def command(
 
 
 def start(folder: Path, *words: object) -> BaseProcess:
-    """Starts one `kandinsky-dist` command, whose exit code is that of the process; says into `folder`/err_0."""
+    """Starts one `kandinsky-dist` command, which the process ends like; it speaks to `folder`/err_0."""
     from kandinsky_dist.cli import main
 
     return _start(main, [[str(word) for word in words]], folder, 0, 1, None, {})

@@ -142,8 +142,13 @@ def test_the_loader_reads_by_threads_of_its_own_process(corpora, monkeypatch):
     for num_workers in (0, 1, 3):
         loader = Loader(
             dataset(corpora / "prior", caption_dropout=0.3),
-            global_batch_size=8, micro_batch_size=4, rank=0, world_size=1, num_workers=num_workers, device="cpu",
-        )  # fmt: skip
+            global_batch_size=8,
+            micro_batch_size=4,
+            rank=0,
+            world_size=1,
+            num_workers=num_workers,
+            device="cpu",
+        )
         steps = loader.steps(8)
         found.append([batch for _ in range(4) for batch in next(steps)])
         steps.close()
