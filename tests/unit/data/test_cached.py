@@ -1,6 +1,8 @@
 """Batches of encoder outputs: the right sample's, cut and dropped and mirrored as the images' would be."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +12,15 @@ from hypothesis import strategies as st
 
 from kandinsky_dist.data.aspects import WHOLE
 from kandinsky_dist.data.cache_description import CACHE_NAME, CacheDescription, read_description
-from kandinsky_dist.data.cached import CachedDataset, blank_batch
+from kandinsky_dist.data.cached import CachedDataset, CachedViews, blank_batch
 from kandinsky_dist.data.captions import dropped
 from kandinsky_dist.data.catalogue import read_manifest
+from kandinsky_dist.data.dataset import ShardDataset
 from kandinsky_dist.data.indexing.subset import make_subset
 from kandinsky_dist.data.loader import Loader
 from kandinsky_dist.data.order import Order
 from kandinsky_dist.data.packing.writer import write_shards
+from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.errors import ConfigError
 from kandinsky_dist.runtime.hashing import Stream, uniform
 
@@ -69,7 +73,8 @@ def corpora(tmp_path_factory):
 
 def dataset(folder, **settings) -> CachedDataset:
     order = Order([read_manifest(str(folder))], seed=0)
-    return CachedDataset(order, read_description(str(folder), "data.shards"), seed=0, **settings)
+    description = read_description(str(folder), "data.shards")
+    return CachedDataset(order, CachedViews(description=description, seed=0, **settings))
 
 
 def numbers(order: Order, positions) -> list[int]:
@@ -111,6 +116,33 @@ def test_text_is_the_samples_or_dropped_where_that_of_images_is(corpora, positio
         assert (batch.image_embeds_BD[row] == (-number if flips[row] else number)).all()
     assert list(batch.keys) == [f"{number:03d}" for number in expected]
     assert (batch.token_ids_BL, batch.clip_pixels_BCHW, batch.latents_BCHW) == (None, None, None)
+
+
+@pytest.mark.parametrize("name", ["prior", "decoder"])
+def test_records_that_come_as_bytes_make_the_same_batches(tmp_path, corpora, name, monkeypatch):
+    """As they do from a server; damage is found and replaced alike."""
+    # Without the sidecar's checksums, so that it is the seal which finds damage.
+    monkeypatch.setattr("kandinsky_dist.data.storage.check", lambda *_: None)
+    folder = Path(shutil.copytree(corpora / name, tmp_path / name))
+    with open(folder / "train-00001.tar", "r+b") as tar:
+        tar.seek(512 + 3)
+        tar.write(b"\x7f")
+    local = dataset(folder)
+    views = dataclasses.replace(local.views, caption_dropout=0.3, horizontal_flip=0.5)
+    whole = ShardDataset(local.order, views, LocalStorage(local.order.manifest))
+    lists = [range(first, first + 5) for first in range(0, 50, 5)]
+    num_bad = 0
+    for one, other in zip(
+        CachedDataset(local.order, views).batches(lists, 0), whole.batches(lists, 2), strict=True
+    ):
+        for item in dataclasses.fields(one):
+            mine, its = getattr(one, item.name), getattr(other, item.name)
+            if isinstance(mine, torch.Tensor):
+                assert torch.equal(mine, its), item.name
+            else:
+                assert (mine if item.name != "keys" else list(mine)) == its
+        num_bad += len(one.bad_samples)
+    assert num_bad >= 2
 
 
 def test_latents_are_the_samples(corpora):
