@@ -127,6 +127,14 @@ class Sheet:
             pieces.append(seal_bytes[sample * WORD_BYTES : (sample + 1) * WORD_BYTES])
             yield pieces
 
+    def fill(self, records: Sequence[bytes]) -> None:
+        """Takes each sample's record, which is of the length that the sheet was made for."""
+        for record, buffers in zip(records, self.buffers(), strict=True):
+            start = 0
+            for buffer in buffers:
+                buffer[:] = record[start : start + len(buffer)]
+                start += len(buffer)
+
     def broken_seals(self) -> list[int]:
         """Samples whose bytes are not those that were sealed. Zeros behind the rows change no seal."""
         words = [_words(tensor) for tensor in self.tensors.values()]

@@ -193,7 +193,7 @@ class RecordReader:
         num_rows_B = layout.num_rows(slots.sizes_B)
         odd = np.flatnonzero(num_rows_B < 0).tolist()
         sheet = Sheet(layout, np.maximum(num_rows_B, 0), pin_memory=pin_memory)
-        failures = {row: _odd(slots, row, layout) for row in odd}
+        failures = {row: size_problem(slots.name(row), int(slots.sizes_B[row]), layout) for row in odd}
         preadv, samples = os.preadv, range(len(slots))
         try:
             # What is in this loop is done for each sample.
@@ -213,9 +213,7 @@ class RecordReader:
             path = slots.shard(row).path
             raise DataError(f"{path}: cannot be read at byte {offset}: {error.strerror}") from error
         for row in self._damaged(slots, sheet):
-            failures.setdefault(
-                row, f"{slots.name(row)}: .{RECORD_EXTENSION} is not what was written: bytes changed"
-            )
+            failures.setdefault(row, seal_problem(slots.name(row)))
         return sheet, failures
 
     def _damaged(self, slots: Slots, sheet: Sheet) -> list[int]:
@@ -231,15 +229,20 @@ class RecordReader:
         return []
 
 
-def _odd(slots: Slots, row: int, layout: RecordLayout) -> str:
-    """Why a member cannot be a record."""
-    found, name = int(slots.sizes_B[row]), f"{slots.name(row)}: .{RECORD_EXTENSION}"
+def size_problem(sample: str, found: int, layout: RecordLayout) -> str:
+    """Why a member of so many bytes cannot be a sample's record."""
+    name = f"{sample}: .{RECORD_EXTENSION}"
     if found == MISSING:
         return f"{name} is missing; precompute the shard"
     if found == 0:
         return f"{name} is empty: the sample was damaged when the shards were precomputed"
     size = layout.record_bytes(layout.max_rows)
     return f"{name} has {found} bytes, a record has {'up to ' if layout.rows else ''}{size}: precompute again"
+
+
+def seal_problem(sample: str) -> str:
+    """What is said of a record whose seal is broken."""
+    return f"{sample}: .{RECORD_EXTENSION} is not what was written: bytes changed"
 
 
 def _read_again(slots: Slots, row: int, buffers: Sequence[memoryview], failures: dict[int, str]) -> None:

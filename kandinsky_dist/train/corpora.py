@@ -6,14 +6,15 @@ from typing import Any
 
 from kandinsky_dist.config.schema import Config
 from kandinsky_dist.data.cache_description import CacheDescription, read_description
-from kandinsky_dist.data.cached import CachedDataset
+from kandinsky_dist.data.cached import CachedDataset, CachedViews
 from kandinsky_dist.data.captions import Captions, CaptionSource
 from kandinsky_dist.data.catalogue import check_presence, read_manifest
-from kandinsky_dist.data.dataset import ShardDataset
+from kandinsky_dist.data.dataset import ShardDataset, Views
 from kandinsky_dist.data.loader import Loader, Source
+from kandinsky_dist.data.locations import is_remote
 from kandinsky_dist.data.order import ORDER_VERSION, Order
 from kandinsky_dist.data.remote.remote_storage import make_storage
-from kandinsky_dist.data.rows import Views
+from kandinsky_dist.data.rows import Views as ImageViews
 from kandinsky_dist.data.stream import StreamDataset
 from kandinsky_dist.errors import ConfigError
 from kandinsky_dist.models.frozen import clip_preprocessing
@@ -115,7 +116,7 @@ def build_loader(
         assert order is not None
         source = _cached(config, order, process, is_training=is_training)
     else:
-        views = _views(config, prior_folder, is_training=is_training)
+        views = _image_views(config, prior_folder, is_training=is_training)
         source = _stream(config, views) if order is None else _shards(config, views, order)
     return Loader(
         source,
@@ -128,10 +129,10 @@ def build_loader(
     )
 
 
-def _views(config: Config, prior_folder: Path, *, is_training: bool) -> Views:
+def _image_views(config: Config, prior_folder: Path, *, is_training: bool) -> ImageViews:
     data, is_prior = config.data, config.stage == "prior"
     sources = tuple(CaptionSource.parse(source) for source in data.captions)
-    return Views(
+    return ImageViews(
         clip_size=clip_preprocessing(prior_folder).size,
         resolution=None if is_prior else data.resolution,
         tokenize=load_tokenizer(prior_folder) if is_prior else None,
@@ -143,23 +144,24 @@ def _views(config: Config, prior_folder: Path, *, is_training: bool) -> Views:
     )
 
 
-def _cached(config: Config, order: Order, process: Process, *, is_training: bool) -> CachedDataset:
+def _cached(config: Config, order: Order, process: Process, *, is_training: bool) -> Source:
     shards, key = _training_corpora(config)[0]
     if not is_training:
         assert config.validation.shards is not None
         shards, key = config.validation.shards, "validation.shards"
     is_prior = config.stage == "prior"
-    return CachedDataset(
-        order,
-        read_description(shards, key),
+    views = CachedViews(
+        description=read_description(shards, key),
         caption_dropout=config.data.caption_dropout if is_prior and is_training else 0.0,
         horizontal_flip=config.data.horizontal_flip if is_training else 0.0,
         seed=config.run.seed,
-        pin_memory=process.device.type == "cuda",
     )
+    if any(is_remote(order.manifest.tar(shard)) for shard in range(len(order.manifest))):
+        return _shards(config, views, order)
+    return CachedDataset(order, views, pin_memory=process.device.type == "cuda")
 
 
-def _stream(config: Config, views: Views) -> StreamDataset:
+def _stream(config: Config, views: ImageViews) -> StreamDataset:
     assert config.data.shards is not None
     return StreamDataset(config.data.shards, views, allow_pipe=config.data.allow_pipe)
 

@@ -65,6 +65,13 @@ def command(
     return call(main, arguments, world_size=world_size, timeout=timeout, environment=environment)
 
 
+def start(folder: Path, *words: object) -> BaseProcess:
+    """Starts one `kandinsky-dist` command, which the process ends like; it speaks to `folder`/err_0."""
+    from kandinsky_dist.cli import main
+
+    return _start(main, [[str(word) for word in words]], folder, 0, 1, None, {})
+
+
 def call(
     function: Callable[..., Any],
     *arguments: Any,
