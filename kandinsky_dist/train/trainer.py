@@ -68,10 +68,10 @@ class Trainer:
         # Judged before the run folder is written to: a refused run leaves the earlier one as it was.
         micro = num_micro(config, world_size=process.world_size)
         self.strategy = select(config, process, num_micro=micro)
+        plan = build.model_plan(config, folders.source)
         checkpoint = self.checkpoints.find(config.run.resume, config.run.allow_change)
         agree.decided_by_first(lambda: self.open_run_dir(resolved.to_yaml()))
         precision = engine_precision(config, process.device)
-        plan = build.model_plan(config, folders.source)
         self.model = self.strategy.prepare(plan)
         self.objective = build.build_objective(config, folders, process.device, precision)
         self.loader = corpora.build_loader(config, folders.prior, order, process, is_training=True)
