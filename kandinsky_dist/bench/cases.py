@@ -9,6 +9,7 @@ from kandinsky_dist.bench import (
     data_report,
     data_resume,
     memory_report,
+    optimizer,
     performance,
     scaling_report,
     train_report,
@@ -24,6 +25,7 @@ REPORTS: dict[str, Callable[[Record], str]] = {
     "comm": comm_report.to_markdown,
     "train": train_report.to_markdown,
     "scaling": scaling_report.to_markdown,
+    "optimizer": optimizer.to_markdown,
 }
 
 

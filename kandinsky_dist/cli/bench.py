@@ -158,6 +158,31 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--world-size", type=int, default=2, help="processes; on CPUs where GPUs are fewer")
     parser.add_argument("--repeats", type=int, default=5, help="saves of each kind; their median counts")
 
+    def optimizer(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.bench.optimizer import run
+
+        run(
+            arguments.out,
+            size=arguments.size,
+            stages=arguments.stage,
+            num_repeats=arguments.repeats,
+            names=arguments.contender,
+        )
+
+    parser = command(
+        commands,
+        "optimizer",
+        optimizer,
+        "Seconds of an AdamW update: torch's and DeepSpeed's implementations, on GPU and CPU.",
+    )
+    parser.add_argument("out", type=Path, help="folder for optimizer.json and optimizer.md")
+    parser.add_argument("--size", choices=SIZES, default="small", help="networks whose shapes are updated")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="which networks")
+    parser.add_argument("--repeats", type=int, default=20, help="steps of each; their median counts")
+    parser.add_argument(
+        "--contender", nargs="+", default=(), help="implementations by the beginning of their names"
+    )
+
     def render(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.cases import to_markdown
 

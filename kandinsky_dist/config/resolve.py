@@ -81,6 +81,7 @@ def problems(resolved: Resolved, *, world_size: int) -> Iterator[str]:
     yield from _sharding(resolved, world_size)
     yield from _reduction(resolved)
     yield from _watchdog(config)
+    yield from _float8(config)
     yield from _packages(config)
 
 
@@ -226,6 +227,18 @@ def _reduction(resolved: Resolved) -> Iterator[str]:
         )
 
 
+def _float8(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if not parallel.float8:
+        return
+    if parallel.strategy not in ("ddp", "fsdp2"):
+        yield f"parallel.float8=True needs parallel.strategy=ddp or fsdp2, it is {parallel.strategy}"
+    if parallel.precision not in ("auto", "bf16"):
+        yield f"parallel.float8=True needs parallel.precision=bf16, it is {parallel.precision}"
+    if config.model.variant != "full":
+        yield f"parallel.float8=True needs model.variant=full, it is {config.model.variant}"
+
+
 def _corpus(data: DataConfig) -> Iterator[str]:
     if data.shards is None and not data.mixture:
         yield "data.shards is not set: a folder of tar shards (kandinsky-dist data demo OUT makes one)"
@@ -295,8 +308,9 @@ def _packages(config: Config) -> Iterator[str]:
         ),
         (config.parallel.attention == "xformers", "xformers", "parallel.attention=xformers"),
         (config.model.variant == "lora", "peft", "model.variant=lora"),
+        (config.parallel.float8, "torchao", "parallel.float8=true"),
     ]
     for is_needed, package, why in needs:
         if is_needed and importlib.util.find_spec(package) is None:
-            extra = "lora" if package == "peft" else package
+            extra = {"peft": "lora", "torchao": "float8"}.get(package, package)
             yield f"{why} needs the package {package}: pip install 'kandinsky-dist[{extra}]'"

@@ -159,6 +159,12 @@ class ParallelConfig:
         "type of matrix products; masters stay fp32; auto: bf16 on a GPU, fp32 on a CPU; fp16 scales the "
         "loss, and skips steps that overflow until the scale fits",
     )
+    float8: bool = option(
+        False,
+        "multiply the matrices of the prior's layers in float8 (ddp and fsdp2 in bf16, compute capability "
+        "8.9 or more); weights, moments and checkpoints are those without it",
+        stage="prior",
+    )
     bucket_mib: float = option(25.0, "gradient bucket, MiB of the communicated type")
     first_bucket_mib: float = option(
         0.0, "ddp: smaller first bucket, MiB, so that reduction starts early; 0: as large as the others"

@@ -13,6 +13,7 @@ from kandinsky_dist.config.schema import Config
 from kandinsky_dist.data.cache_description import CacheDescription
 from kandinsky_dist.models import blocks
 from kandinsky_dist.models.fingerprint import weights_fingerprint
+from kandinsky_dist.models.float8 import refuse_unless_here, use_float8
 from kandinsky_dist.models.frozen import clip_preprocessing, load_image_encoder, load_movq, load_text_encoder
 from kandinsky_dist.models.load import ModelSource, freeze_statistics, pipeline_folder
 from kandinsky_dist.objectives.base import Objective
@@ -67,7 +68,13 @@ class Folders:
 
 
 def model_plan(config: Config, source: ModelSource) -> ModelPlan:
-    """How the strategy makes the trained model and its optimizer."""
+    """How the strategy makes the trained model and its optimizer.
+
+    Raises:
+        ConfigError: this machine cannot do what parallel.float8 asks for.
+    """
+    if config.parallel.float8:
+        refuse_unless_here()
 
     def build() -> nn.Module:
         module = source.build()
@@ -83,6 +90,8 @@ def model_plan(config: Config, source: ModelSource) -> ModelPlan:
         if config.parallel.gradient_checkpointing:
             blocks.enable_gradient_checkpointing(module)
         blocks.set_attention(module, config.parallel.attention)
+        if config.parallel.float8:
+            use_float8(module)
         return module
 
     def state_dict() -> Mapping[str, Tensor]:

@@ -70,6 +70,7 @@ class Trainer:
         # Judged before the run folder is written to: a refused run leaves the earlier one as it was.
         micro = num_micro(config, world_size=process.world_size)
         self.strategy = select(config, process, num_micro=micro)
+        plan = build.model_plan(config, folders.source)
         checkpoint = self.checkpoints.find(config.run.resume, config.run.allow_change)
         owner = agree.decided_by_first(
             lambda: open_run_dir(self.run_dir, resolved.to_yaml(), fence, process.world_size)
@@ -78,7 +79,6 @@ class Trainer:
             config, self.run_dir, fence, owner, self.checkpoints, process, stop, dog or Watchdog()
         )
         precision = engine_precision(config, process.device)
-        plan = build.model_plan(config, folders.source)
         self.model = self.strategy.prepare(plan)
         self.objective = build.build_objective(config, folders, process.device, precision, cache)
         self.loader = corpora.build_loader(config, folders.prior, order, process, is_training=True)
