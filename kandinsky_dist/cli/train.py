@@ -24,7 +24,7 @@ def add_train(commands: Any) -> None:
             from kandinsky_dist.train.trainer import Trainer
 
             # Said before the group is left: that may have to wait for ranks that wait for this one.
-            with joined() as process, failures_said():
+            with joined(resolve.run_dir(resolved.config)) as process, failures_said():
                 Trainer(resolved, process, stop).run()
 
     _add_configured(commands, "train", run, "Trains a stage; the same command again continues it.")

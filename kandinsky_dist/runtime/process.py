@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from kandinsky_dist.config.ranks import read_ranks
 from kandinsky_dist.errors import ConfigError, StoppedError
 
 STARTUP_TIMEOUT = timedelta(minutes=30)
+
+NUM_RECORDED_COLLECTIVES = 20_000
+"""A few steps of a full-size model on any engine; a few hundred bytes each."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,21 @@ class Process:
 
 
 @contextmanager
-def joined() -> Iterator[Process]:
+def joined(run_dir: Path | None = None) -> Iterator[Process]:
     """Joins the process group for the length of the context.
 
     A process group is made for a single process too, so that there is one code path.
+
+    Args:
+        run_dir: where NCCL leaves its last collectives when one of them times out, in nccl_flight_RANK.
 
     Raises:
         ConfigError: the launcher's variables contradict each other or the number of GPUs.
     """
     ranks = read_ranks(os.environ)
     device = _device(ranks.local_rank)
+    if run_dir is not None:
+        _keep_flight_record(run_dir / "nccl_flight_")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(
@@ -64,6 +73,21 @@ def joined() -> Iterator[Process]:
     dist.destroy_process_group()
 
 
+def _keep_flight_record(prefix: Path) -> None:
+    """Asks NCCL to remember its last collectives; what the environment says already stands.
+
+    Must come before the process group is made. Each setting is given under its newer and its older name.
+    """
+    for name, value in (
+        ("FR_BUFFER_SIZE", NUM_RECORDED_COLLECTIVES),
+        ("NCCL_TRACE_BUFFER_SIZE", NUM_RECORDED_COLLECTIVES),
+        ("NCCL_DUMP_ON_TIMEOUT", 1),
+        ("FR_DUMP_TEMP_FILE", prefix),
+        ("NCCL_DEBUG_INFO_TEMP_FILE", prefix),
+    ):
+        os.environ.setdefault(f"TORCH_{name}", str(value))
+
+
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -73,4 +97,17 @@ def _device(local_rank: int) -> torch.device:
     if local_rank >= count:
         raise ConfigError(f"local rank {local_rank} has no GPU of its own: this node shows {count}")
     torch.cuda.set_device(local_rank)
+    _settle_arithmetic()
     return torch.device("cuda", local_rank)
+
+
+def _settle_arithmetic() -> None:
+    """How a GPU computes what is in fp32, and how it finds its convolutions.
+
+    Products and convolutions of fp32 values run as TF32, with 10 bits of mantissa and sums in fp32: several
+    times as fast, and still finer than bf16's 7 bits. Shapes are few, so the fastest convolution of each is
+    found by trying, which may end differently in another process: the same bits are not promised there.
+    """
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True

@@ -40,6 +40,8 @@ def count_forward_flops(function: Callable[[], Any]) -> float:
         FLOPs of the whole call, so of every sample in its batch.
     """
     counter = FlopCounterMode(display=False, custom_mapping=_MISSING_FORMULAS)
-    with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.no_grad():
+    # Compiled code would want real tensors, and counts nothing.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, FakeTensorMode(allow_non_fake_inputs=True), counter, torch.no_grad():
         function()
     return float(counter.get_total_flops())

@@ -29,6 +29,7 @@ from kandinsky_dist.runtime.disk import write_whole
 from kandinsky_dist.runtime.logs import say
 from kandinsky_dist.runtime.process import Process
 from kandinsky_dist.telemetry.meter import Meter
+from kandinsky_dist.telemetry.profile import Profiler
 from kandinsky_dist.telemetry.progress import Progress
 from kandinsky_dist.telemetry.sinks import AuditLog, BadSampleLog, Sink, open_sinks
 from kandinsky_dist.train import average, build, corpora
@@ -71,6 +72,7 @@ class Trainer:
         agree.decided_by_first(lambda: self.open_run_dir(resolved.to_yaml()))
         precision = engine_precision(config, process.device)
         micro = num_micro(config, world_size=process.world_size)
+        build.prepare_kernels(config, process.device, precision)
         self.strategy = select(config, process, num_micro=micro)
         plan = build.model_plan(config, folders.source)
         self.model = self.strategy.prepare(plan)
@@ -95,6 +97,7 @@ class Trainer:
             process.device,
             process.world_size,
         )
+        self.profiler = Profiler(config.telemetry, self.run_dir / "profile", process, self.meter.pause)
         self.sinks: list[Sink] = (
             open_sinks(self.run_dir, config.telemetry.report_to) if process.is_first else []
         )
@@ -121,16 +124,17 @@ class Trainer:
                 data = self.next_step_data()  # on the device, exactly num_micro micro-batches
                 rate = self.learning_rate()
                 is_last = self.state.step + 1 == config.run.max_steps
-                loss, outcome = train_step(
-                    self.strategy,
-                    self.objective,
-                    self.model,
-                    data.prepared,
-                    learning_rate=rate,
-                    beside=None if is_last else self.feed.look_ahead,
-                )
-                with record_function("ema"):
-                    self.ema.update(outcome.skipped)
+                with self.profiler.step(self.state.step + 1):
+                    loss, outcome = train_step(
+                        self.strategy,
+                        self.objective,
+                        self.model,
+                        data.prepared,
+                        learning_rate=rate,
+                        beside=None if is_last else self.feed.look_ahead,
+                    )
+                    with record_function("ema"):
+                        self.ema.update(outcome.skipped)
                 self.state.advance(config.data.global_batch_size)
                 self.losses.add(loss, outcome)
                 self.meter.tick()
@@ -277,6 +281,7 @@ class Trainer:
             for log in (self.audit, self.bad_samples):
                 if log:
                     stack.callback(log.close)
+            stack.callback(self.profiler.close)
             stack.callback(self.feed.close)
             stack.callback(self.checkpoints.close)
             yield
