@@ -26,7 +26,8 @@ def add_train(commands: Any) -> None:
 
             patience = Watchdog.collective_timeout(resolved.config.watchdog)
             # Said before the group is left: that may have to wait for ranks that wait for this one.
-            with Watchdog() as dog, joined(patience) as process, failures_said():
+            run_folder = resolve.run_dir(resolved.config)
+            with Watchdog() as dog, joined(patience, run_folder) as process, failures_said():
                 Trainer(resolved, process, stop, dog).run()
 
     add_configured(commands, "train", run, "Trains a stage; the same command again continues it.")

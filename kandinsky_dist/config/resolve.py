@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kandinsky_dist.config.loader import DEFAULT_ORIGIN, Resolved
 from kandinsky_dist.config.schema import KEYS, Config, DataConfig
+from kandinsky_dist.config.stretches import stretches
 from kandinsky_dist.errors import ConfigError
 
 _POSITIVE = (
@@ -82,6 +83,8 @@ def problems(resolved: Resolved, *, world_size: int) -> Iterator[str]:
     yield from _reduction(resolved)
     yield from _watchdog(config)
     yield from _float8(config)
+    yield from _compilation(config)
+    yield from _profiling(resolved, world_size)
     yield from _packages(config)
 
 
@@ -177,6 +180,8 @@ def _combinations(resolved: Resolved) -> Iterator[str]:
             yield f"{key}={config.get(key)} needs guard.spike_threshold above 0"
     if resolved.origins["model.lora_rank"] != DEFAULT_ORIGIN and config.model.variant != "lora":
         yield f"model.lora_rank={config.model.lora_rank} needs model.variant=lora"
+    if config.parallel.attention == "xformers" and config.stage == "prior":
+        yield "parallel.attention=xformers applies to the decoder only; the prior runs torch's own: use sdpa"
     for key in config.run.allow_change:
         if key not in KEYS:
             yield f"run.allow_change lists {key}, which is no key"
@@ -237,6 +242,37 @@ def _float8(config: Config) -> Iterator[str]:
         yield f"parallel.float8=True needs parallel.precision=bf16, it is {parallel.precision}"
     if config.model.variant != "full":
         yield f"parallel.float8=True needs model.variant=full, it is {config.model.variant}"
+
+
+def _compilation(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if not parallel.compile:
+        if parallel.compile_cache is not None:
+            yield f"parallel.compile_cache={parallel.compile_cache} needs parallel.compile=true"
+        return
+    if parallel.strategy == "zero3":
+        yield (
+            "parallel.compile=True does not go with parallel.strategy=zero3, which gathers weights inside "
+            "every layer: use zero2 or fsdp2, or parallel.compile=false"
+        )
+    if parallel.attention == "xformers":
+        yield (
+            "parallel.compile=True does not go with parallel.attention=xformers, whose kernels torch cannot "
+            "compile around: use sdpa, or parallel.compile=false"
+        )
+
+
+def _profiling(resolved: Resolved, world_size: int) -> Iterator[str]:
+    telemetry = resolved.config.telemetry
+    try:
+        stretches(telemetry.profile)
+    except ConfigError as error:
+        yield str(error)
+    if resolved.origins["telemetry.profile_ranks"] != DEFAULT_ORIGIN and not telemetry.profile:
+        yield f"telemetry.profile_ranks={list(telemetry.profile_ranks)} needs telemetry.profile"
+    for rank in telemetry.profile_ranks:
+        if not 0 <= rank < world_size:
+            yield f"telemetry.profile_ranks has {rank}; ranks go from 0 to {world_size - 1}"
 
 
 def _corpus(data: DataConfig) -> Iterator[str]:

@@ -190,8 +190,22 @@ class ParallelConfig:
     prefetch_blocks: int = option(1, "fsdp2: blocks whose weights are gathered ahead")
     ds_config: str | None = option(None, "DeepSpeed file in place of ds_configs/<strategy>.json")
     gradient_checkpointing: bool = option(False, "recompute blocks in backward: less memory, more time")
-    attention: Literal["sdpa", "xformers"] = option(
-        "sdpa", "attention kernels; the prior always runs torch's own", stage="decoder"
+    compile: bool = option(
+        False, "compile the repeated layers, those of the frozen encoders too; minutes at the first start"
+    )
+    compile_cache: str | None = option(
+        None,
+        "folder for compiled code, shared by ranks and later starts; null: TORCHINDUCTOR_CACHE_DIR, or "
+        "compile_cache in the run folder",
+    )
+    attention: Literal["sdpa", "flash", "efficient", "cudnn", "xformers"] = option(
+        "sdpa",
+        "attention kernels of the trained network; sdpa: torch chooses; flash, efficient, cudnn: that one of "
+        "torch's, which must be there for the device and precision (flash takes no mask on a GPU); xformers: "
+        "the decoder only",
+    )
+    channels_last: bool | None = option(
+        None, "lay pictures out pixel by pixel for convolutions; null: on a GPU only", stage="decoder"
     )
 
 
@@ -261,6 +275,12 @@ class TelemetryConfig:
         10, "optimizer steps between log entries; device scalars are read only then"
     )
     report_to: tuple[Literal["tensorboard"], ...] = option(("tensorboard",), "sinks beside metrics.jsonl")
+    profile: tuple[str, ...] = option(
+        (),
+        "steps of which a torch profiler trace, and on a GPU a memory snapshot, goes to profile/ in the run "
+        "folder: [20,24] or first:last as 20:24",
+    )
+    profile_ranks: tuple[int, ...] = option((0,), "ranks that write profiles")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,9 @@ def count_flops(function: Callable[[], Any]) -> float:
     """
     counter = FlopCounterMode(display=False)
     # Attention as matrix products, which are counted one by one: no kernel of it needs a formula.
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), counter:
+    # Compiled code would want real tensors, and counts nothing.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, torch.device("meta"), sdpa_kernel(SDPBackend.MATH), counter:
         function()
     return float(counter.get_total_flops())
 

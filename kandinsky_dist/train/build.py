@@ -1,5 +1,6 @@
 """From a configuration to the parts of a run. Nothing here is collective."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kandinsky_dist.config.resolve import run_dir
 from kandinsky_dist.config.schema import Config
 from kandinsky_dist.data.cache_description import CacheDescription
-from kandinsky_dist.models import blocks
+from kandinsky_dist.models import blocks, compiled, layout
 from kandinsky_dist.models.fingerprint import weights_fingerprint
 from kandinsky_dist.models.float8 import refuse_unless_here, use_float8
 from kandinsky_dist.models.frozen import clip_preprocessing, load_image_encoder, load_movq, load_text_encoder
@@ -87,11 +89,15 @@ def model_plan(config: Config, source: ModelSource) -> ModelPlan:
             from kandinsky_dist.models.lora import add_adapters
 
             add_adapters(module, config.model.lora_rank)
-        if config.parallel.gradient_checkpointing:
-            blocks.enable_gradient_checkpointing(module)
-        blocks.set_attention(module, config.parallel.attention)
         if config.parallel.float8:
             use_float8(module)
+        blocks.set_attention(module, config.parallel.attention)
+        if config.stage == "decoder" and layout.is_channels_last(config.parallel.channels_last):
+            layout.lay_out_activations(module)
+        if config.parallel.gradient_checkpointing:
+            blocks.enable_gradient_checkpointing(module)
+        if config.parallel.compile:
+            compiled.compile_blocks(module)
         return module
 
     def state_dict() -> Mapping[str, Tensor]:
@@ -106,6 +112,19 @@ def model_plan(config: Config, source: ModelSource) -> ModelPlan:
         state_dict=state_dict,
         optimizer=partial(build_adamw, config=config.optim),
     )
+
+
+def prepare_kernels(config: Config, device: torch.device, precision: torch.dtype) -> None:
+    """Makes sure of the kernels that are asked for, before anything slow is built.
+
+    Raises:
+        ConfigError: there is no such attention kernel, or no compiler.
+    """
+    is_masked = config.stage == "prior"
+    blocks.check_attention(config.parallel.attention, device, precision, is_masked=is_masked)
+    if config.parallel.compile:
+        chosen = config.parallel.compile_cache or os.environ.get(compiled.CACHE_VARIABLE)
+        compiled.prepare_compiler(device, Path(chosen) if chosen else run_dir(config) / "compile_cache")
 
 
 def build_objective(
@@ -124,8 +143,12 @@ def build_objective(
     normalisation = Normalisation(clip.mean, clip.std, precision)
     if folders.decoder is None:
         weights = folders.source.state_dict()
+        text_encoder = load_text_encoder(folders.prior, precision, device) if cache is None else None
+        if config.parallel.compile:
+            for encoder in filter(None, (image_encoder, text_encoder)):
+                compiled.compile_encoder(encoder)
         return PriorObjective(
-            text_encoder=load_text_encoder(folders.prior, precision, device) if cache is None else None,
+            text_encoder=text_encoder,
             image_encoder=image_encoder,
             clip_mean_D=weights["clip_mean"].to(device, torch.float32).flatten(),
             clip_std_D=weights["clip_std"].to(device, torch.float32).flatten(),
@@ -144,6 +167,11 @@ def build_objective(
         with torch.no_grad():
             zero_embedding_D = image_encoder(zeros).image_embeds[0].to(torch.float32)
         movq = load_movq(folders.decoder, precision, device, encode_only=True)
+        if layout.is_channels_last(config.parallel.channels_last):
+            layout.lay_out_weights(movq)
+        if config.parallel.compile:
+            compiled.compile_encoder(image_encoder)
+            compiled.compile_encoder(movq)
     return DecoderObjective(
         image_encoder=image_encoder,
         movq=movq,

@@ -26,6 +26,7 @@ from kandinsky_dist.runtime import agree
 from kandinsky_dist.runtime.logs import say
 from kandinsky_dist.runtime.process import Process
 from kandinsky_dist.telemetry.meter import Meter
+from kandinsky_dist.telemetry.profile import Profiler
 from kandinsky_dist.telemetry.progress import Progress
 from kandinsky_dist.telemetry.sinks import AuditLog, BadSampleLog, Sink, open_sinks
 from kandinsky_dist.train import average, build, corpora
@@ -69,6 +70,8 @@ class Trainer:
         )
         # Judged before the run folder is written to: a refused run leaves the earlier one as it was.
         micro = num_micro(config, world_size=process.world_size)
+        precision = engine_precision(config, process.device)
+        build.prepare_kernels(config, process.device, precision)
         self.strategy = select(config, process, num_micro=micro)
         plan = build.model_plan(config, folders.source)
         checkpoint = self.checkpoints.find(config.run.resume, config.run.allow_change)
@@ -78,7 +81,6 @@ class Trainer:
         self.watch = Watch(
             config, self.run_dir, fence, owner, self.checkpoints, process, stop, dog or Watchdog()
         )
-        precision = engine_precision(config, process.device)
         self.model = self.strategy.prepare(plan)
         self.objective = build.build_objective(config, folders, process.device, precision, cache)
         self.loader = corpora.build_loader(config, folders.prior, order, process, is_training=True)
@@ -96,6 +98,7 @@ class Trainer:
         self.feed = Feed(self.loader.steps(self.state.samples_consumed), self.prepare, stop, process.device)
         self.cost = step_cost(config, folders, self.objective, cache) if process.is_first else None
         self.meter = Meter(config.data.global_batch_size, process.device)
+        self.profiler = Profiler(config.telemetry, self.run_dir / "profile", process, self.meter.pause)
         self.sinks: list[Sink] = (
             open_sinks(self.run_dir, config.telemetry.report_to) if process.is_first else []
         )
@@ -123,17 +126,18 @@ class Trainer:
                 rate = self.learning_rate()
                 self.watch.enter("compute")
                 is_last = self.state.step + 1 == config.run.max_steps
-                loss, outcome = train_step(
-                    self.strategy,
-                    self.objective,
-                    self.model,
-                    data.prepared,
-                    learning_rate=rate,
-                    watch=self.watch,
-                    beside=None if is_last else self.look_ahead,
-                )
-                with record_function("ema"):
-                    self.ema.update(outcome.skipped)
+                with self.profiler.step(self.state.step + 1):
+                    loss, outcome = train_step(
+                        self.strategy,
+                        self.objective,
+                        self.model,
+                        data.prepared,
+                        learning_rate=rate,
+                        watch=self.watch,
+                        beside=None if is_last else self.look_ahead,
+                    )
+                    with record_function("ema"):
+                        self.ema.update(outcome.skipped)
                 self.state.advance(config.data.global_batch_size)
                 self.losses.add(loss, outcome)
                 self.meter.tick(self.cost(data.microbatches) if self.cost else None)
@@ -298,6 +302,7 @@ class Trainer:
             for log in (self.audit, self.bad_samples):
                 if log:
                     stack.callback(log.close)
+            stack.callback(self.profiler.close)
             stack.callback(self.feed.close)
             stack.callback(self.checkpoints.close)
             held = partial(held_by, self.strategy, self.model, self.objective, self.ema)
