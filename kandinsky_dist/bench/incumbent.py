@@ -188,18 +188,32 @@ def mean_squared_error(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def flops_per_sample(found: Networks, batch: dict[str, Tensor]) -> float:
-    """FLOPs of a sample's step: everything forward, and the trained network backward."""
-    weightless = copy.copy(found)
-    for name, part in vars(found).items():
-        if isinstance(part, nn.Module):
-            setattr(weightless, name, without_memory(part).to(torch.float32))
-        elif isinstance(part, Tensor):
-            setattr(weightless, name, part.to("meta", torch.float32))
-        elif isinstance(part, torch.dtype):
-            setattr(weightless, name, torch.float32)
+    """FLOPs of a sample's step, without computing it: everything forward, the trained network backward.
+
+    Args:
+        found: the networks; they stay as they are.
+        batch: micro-batch, of which the shapes count.
+    """
+    light: Any = copy.copy(found)
+    for name, value in vars(found).items():
+        setattr(light, name, _without_memory(value))
     shapes = {name: tensor.to("meta") for name, tensor in batch.items()}
 
     def step() -> None:
-        weightless.predict(weightless.encode(shapes, random_draws)).sum().backward()
+        noised = light.encode(shapes, random_draws)
+        conditions = {name: _in_fp32(tensor) for name, tensor in noised.conditions.items()}
+        noised = Noised(_in_fp32(noised.noisy), noised.timesteps_B, noised.target, conditions)
+        mean_squared_error(light.predict(noised), noised.target).backward()
 
     return count_flops(step) / len(batch["positions_B"])
+
+
+def _without_memory(value: Any) -> Any:
+    if isinstance(value, nn.Module):
+        return without_memory(value)
+    return value.to("meta") if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def _in_fp32(tensor: Tensor) -> Tensor:
+    """As autocast lets the trained network take what half-precision encoders say."""
+    return tensor.float() if tensor.is_floating_point() else tensor

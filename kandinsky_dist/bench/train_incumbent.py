@@ -1,7 +1,6 @@
 """A case of `bench train` that trains in the incumbent's way, on accelerate as its users do."""
 
 import contextlib
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from kandinsky_dist.bench.incumbent import (
     random_draws,
 )
 from kandinsky_dist.bench.incumbent_data import Collate, Samples
-from kandinsky_dist.bench.stopwatch import Stopwatch
+from kandinsky_dist.bench.parts import Parts
 from kandinsky_dist.bench.teams import OverError, Turns
 from kandinsky_dist.bench.train_case import Case
 from kandinsky_dist.bench.train_ours import synchronized_clock
@@ -26,6 +25,7 @@ from kandinsky_dist.config.schema import Config
 from kandinsky_dist.objectives.base import TRAINING_DRAW
 from kandinsky_dist.parallel.select import engine_precision
 from kandinsky_dist.telemetry.devices import peak_tflops
+from kandinsky_dist.telemetry.meter import peak_memory_bytes
 
 MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -71,9 +71,7 @@ class Training:
             collate_fn=collate,
             num_workers=0,
         )
-        self._networks.trained.to(self.device)
-        one = {name: tensor.to(self.device) for name, tensor in collate([samples[0]]).items()}
-        self._flops_per_sample = flops_per_sample(self._networks, one)
+        self._flops_per_sample = flops_per_sample(self._networks, collate([samples[0]]))
         optim = config.optim
         optimizer = torch.optim.AdamW(
             self._networks.trained.parameters(),
@@ -88,8 +86,8 @@ class Training:
             self._networks.trained, optimizer, batches, schedule
         )
         self._draws = self._shared_draws()
-        self._watch = Stopwatch(self.device)
-        turns.on_begin, turns.on_end = self._watch.clear, self._figures
+        self._parts = Parts(self.device)
+        turns.on_begin, turns.on_end = self._begin, self._figures
 
     def run(self) -> None:
         """Trains for as long as there are turns."""
@@ -98,7 +96,7 @@ class Training:
             self._turns.step_begins()
             loss_sum = torch.zeros((), device=self.device)
             for _ in range(self._num_micro):
-                with self._watch.part("data"):
+                with self._parts.timed("data"):
                     batch = next(iterator)
                 loss_sum += self._micro_step(batch)
             if self._turns.first_loss is None:
@@ -108,15 +106,15 @@ class Training:
     def _micro_step(self, batch: dict[str, Tensor]) -> Tensor:
         accelerator, trained = self._accelerator, self._networks.trained
         with accelerator.accumulate(trained):
-            with self._watch.part("encoders"):
+            with self._parts.timed("encoders"):
                 noised = self._networks.encode(batch, self._draws)
-            with self._watch.part("forward"):
+            with self._parts.timed("forward"):
                 loss = mean_squared_error(self._networks.predict(noised), noised.target)
             # The mean over ranks, for a log entry of the step; and below this rank's own, for the bar.
             gathered = accelerator.gather(loss.detach().repeat(len(batch["positions_B"]))).mean().item()
-            with self._watch.part("backward"):
+            with self._parts.timed("backward"):
                 accelerator.backward(loss)
-            with self._watch.part("optimizer"):
+            with self._parts.timed("optimizer"):
                 if accelerator.sync_gradients and self.config.optim.max_grad_norm > 0:
                     accelerator.clip_grad_norm_(trained.parameters(), self.config.optim.max_grad_norm)
                 self._optimizer.step()
@@ -125,19 +123,21 @@ class Training:
         self.said = {"train_loss": gathered, "step_loss": loss.item()}
         return loss.detach()
 
+    def _begin(self) -> None:
+        self._parts.read()
+
     def _figures(self, step_seconds: float) -> dict[str, Any]:
         samples = self.config.data.global_batch_size / self._accelerator.num_processes
         tflops = samples * self._flops_per_sample / step_seconds / 1e12
         found: dict[str, Any] = {
-            "parts": self._watch.read(),
+            "parts": self._parts.read(),
+            "peak_memory_gib": peak_memory_bytes(self.device) / 2**30,
             "tflops_per_second": tflops,
             "gflop_per_sample": self._flops_per_sample / 1e9,
         }
         if self.device.type == "cuda":
-            found["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
             peak = peak_tflops(torch.cuda.get_device_name(self.device))
             return found | {"mfu": None if peak is None else tflops / peak}
-        found["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return found
 
     def _shared_draws(self) -> Any:

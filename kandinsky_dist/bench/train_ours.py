@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kandinsky_dist.bench.stopwatch import Stopwatch, replace_method
+from kandinsky_dist.bench.parts import Parts, replace_method
 from kandinsky_dist.bench.switches import turn_off
 from kandinsky_dist.bench.teams import OverError, Turns
 from kandinsky_dist.bench.train_case import Case
@@ -26,19 +26,19 @@ def run(case: Case, turns: Turns, folder: Path) -> None:
     for lever in case.without:
         turn_off(lever)
     with joined() as process:
-        watch = Stopwatch(process.device)
+        parts = Parts(process.device)
         build_objective = build.build_objective
 
         def build_watched(*args: Any, **kwargs: Any) -> Objective:
             objective = build_objective(*args, **kwargs)
-            watch.around(objective, "prepare", "encoders")
-            watch.around(objective, "losses", "forward")
+            parts.time_calls(objective, "prepare", "encoders")
+            parts.time_calls(objective, "losses", "forward")
             return objective
 
         # Before the trainer is made: its parts keep methods of the objective.
         setattr(build, build_objective.__name__, build_watched)
         trainer = Trainer(case.resolved({"run.dir": str(folder / "run")}), process, StopRequest())
-        _observe(trainer, watch, turns)
+        _observe(trainer, parts, turns)
         precision = str(engine_precision(trainer.config, process.device)).removeprefix("torch.")
         turns.ready(
             synchronized_clock(process.device),
@@ -60,29 +60,28 @@ def synchronized_clock(device: torch.device) -> Callable[[], float]:
     return clock
 
 
-def _observe(trainer: Trainer, watch: Stopwatch, turns: Turns) -> None:
+def _observe(trainer: Trainer, parts: Parts, turns: Turns) -> None:
     """Puts clocks around the other parts of a step, and the turns between two steps."""
-    watch.around(trainer.strategy, "backward", "backward")
+    parts.time_calls(trainer.strategy, "backward", "backward")
     _without_communication(trainer, turns)
-    watch.around(trainer.strategy, "step", "optimizer")
-    watch.around(trainer.ema, "update", "average")
+    parts.time_calls(trainer.strategy, "step", "optimizer")
+    parts.time_calls(trainer.ema, "update", "average")
     next_step_data, add_loss = trainer.next_step_data, trainer.losses.add
     waited_before = 0.0
 
     def begin() -> None:
         nonlocal waited_before
-        watch.clear()
+        parts.read()
         trainer.meter.report(0.0)  # its figures are to be those of the turn
         waited_before = trainer.loader.data_wait_seconds
 
     def end(_step_seconds: float) -> dict[str, Any]:
         waited = trainer.loader.data_wait_seconds - waited_before
-        watch.add("data", waited)
         figures: dict[str, Any] = trainer.meter.report(waited)
         if "tflops_per_second" in figures:  # of one rank; samples are of all
             tflop = figures["tflops_per_second"] / figures["samples_per_second"]
             figures["gflop_per_sample"] = 1e3 * tflop * trainer.process.world_size
-        return {**figures, "parts": watch.read()}
+        return {**figures, "parts": parts.read() | {"data": waited}}
 
     def take_turn_then_data() -> Any:
         turns.step_begins()

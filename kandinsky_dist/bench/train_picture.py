@@ -4,8 +4,8 @@ import io
 from statistics import median
 from typing import Any
 
+from kandinsky_dist.bench.parts import PARTS
 from kandinsky_dist.bench.record import Record
-from kandinsky_dist.bench.stopwatch import PARTS
 from kandinsky_dist.bench.train_report import ratio, stages_of
 from kandinsky_dist.optional import require
 

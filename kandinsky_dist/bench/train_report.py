@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from kandinsky_dist.bench.parts import PARTS
 from kandinsky_dist.bench.record import Record
 from kandinsky_dist.bench.render import Column, provenance, table, wrapped
-from kandinsky_dist.bench.stopwatch import PARTS
 
 Row = dict[str, Any]
 DASH = "-"

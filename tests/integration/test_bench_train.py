@@ -8,7 +8,7 @@ from helpers.command import command
 
 from kandinsky_dist.bench.cases import to_markdown
 from kandinsky_dist.bench.ladder import BASELINE
-from kandinsky_dist.bench.stopwatch import PARTS
+from kandinsky_dist.bench.parts import PARTS
 
 pytestmark = pytest.mark.integration
 SHORT = ("--size", "tiny", "--warmup", 1, "--steps", 2, "--repeats", 1)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from kandinsky_dist.bench import performance, scaling_report, train_report
+from kandinsky_dist.bench.parts import PARTS
 from kandinsky_dist.bench.record import Record
-from kandinsky_dist.bench.stopwatch import PARTS
 from kandinsky_dist.bench.train_case import Case, merged, row_of
 
 DOCS = Path(__file__).parents[3] / "docs"
