@@ -60,7 +60,7 @@ class Loader:
     Rank r takes the positions p of a global batch with p = r (mod world_size), cut in order into
     micro-batches: what all ranks together see at a step does not depend on how many they are. Nor does it
     where samples of one length are put together: the global batch, sorted by length, is cut into
-    micro-batches, and of these rank r takes those numbered r (mod world_size), so that all have as much to do.
+    micro-batches, of which rank r takes those numbered r (mod world_size), so that all have as much to do.
 
     Attributes:
         data_wait_seconds: time spent waiting for data since the start, for the meter.
