@@ -156,6 +156,11 @@ def _batch_arithmetic(config: Config, world_size: int) -> Iterator[str]:
 def _combinations(resolved: Resolved) -> Iterator[str]:
     config = resolved.config
     yield from _cached(config.data)
+    if resolved.origins["data.group_by_length"] != DEFAULT_ORIGIN and config.data.source != "cached":
+        yield (
+            f"data.group_by_length={config.data.group_by_length} needs data.source=cached: how long captions "
+            "are is not known before they are read"
+        )
     if config.validation.every_steps and config.validation.shards is None:
         yield (
             f"validation.every_steps={config.validation.every_steps} needs validation.shards; "

@@ -103,6 +103,12 @@ class DataConfig:
     caption_dropout: float = option(
         0.1, "share of captions replaced by '' for guidance, 0 to 1", stage="prior"
     )
+    group_by_length: bool = option(
+        True,
+        "source=cached: captions of one length share a micro-batch, so that little is padded; which samples "
+        "make a step stays as it is",
+        stage="prior",
+    )
     image_embedding_dropout: float = option(
         0.1, "share of image embeddings replaced by that of a black image, 0 to 1", stage="decoder"
     )

@@ -126,6 +126,12 @@ class CachedDataset:
         """Samples of an epoch."""
         return self.order.num_samples
 
+    def num_text_states(self, positions_B: Int64s) -> Int64s:
+        """How many there are at some positions, dropout included; damaged samples count as 0."""
+        drops_B = caption_drops(positions_B, share=self.views.caption_dropout, seed=self.views.seed)
+        empty = len(self.views.description.constants["text_states"])
+        return np.where(drops_B, empty, self._reader.num_rows(positions_B))
+
     def batches(self, lists: Iterable[Sequence[int]], num_threads: int) -> Generator[Batch, None, None]:
         """Batches of some lists of positions; see `RecordReader.batches`."""
         for records in self._reader.batches(lists, num_threads=num_threads, pin_memory=self._pin_memory):

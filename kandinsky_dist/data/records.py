@@ -116,6 +116,12 @@ class RecordReader:
         positions_B = np.asarray(positions, np.int64)
         return self._read(positions_B, self._finder.find(self._order.locate(positions_B)), pin_memory)
 
+    def num_rows(self, positions_B: Int64s) -> Int64s:
+        """Rows of the records at some positions, by the sidecars alone; 0 of one that is no record."""
+        places = self._order.locate(positions_B)
+        layout = self._layouts[int(places.aspects_B[0])]
+        return np.maximum(layout.num_rows(self._finder.find(places).sizes_B), 0)
+
     def batches(
         self, lists: Iterable[Sequence[int] | Int64s], *, num_threads: int = 1, pin_memory: bool = False
     ) -> Generator[RecordBatch, None, None]:

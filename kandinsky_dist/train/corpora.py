@@ -111,6 +111,7 @@ def build_loader(
 ) -> Loader:
     """Batches of an order, or of the endless stream; captions and images are changed in training only."""
     data = config.data
+    is_grouped = data.group_by_length and config.stage == "prior" and is_training
     source: Source
     if data.source == "cached":
         assert order is not None
@@ -126,6 +127,7 @@ def build_loader(
         world_size=process.world_size,
         num_workers=data.num_workers if is_training else 0,
         device=process.device,
+        lengths=source.num_text_states if is_grouped and isinstance(source, CachedDataset) else None,
     )
 
 

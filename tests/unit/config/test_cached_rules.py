@@ -24,6 +24,14 @@ def test_what_needs_the_images_is_one_line(stage, setting, line):
     assert list(problems(resolved(stage, setting), world_size=1)) == []
 
 
+def test_lengths_are_not_known_of_captions_that_are_not_read_yet():
+    (found,) = problems(resolved("prior", "data.group_by_length=true"), world_size=1)
+    assert found.startswith("data.group_by_length=True needs data.source=cached")
+    assert not list(
+        problems(resolved("prior", "data.group_by_length=false", "data.source=cached"), world_size=1)
+    )
+
+
 def test_a_plain_run_on_encoder_outputs_is_fine():
     settings = ("data.source=cached", "data.aspect_buckets=true", "data.horizontal_flip=0.5")
     assert list(problems(resolved("decoder", *settings), world_size=1)) == []

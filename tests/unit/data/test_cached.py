@@ -191,6 +191,51 @@ def test_the_loader_reads_by_threads_of_its_own_process(corpora, monkeypatch):
             assert list(one.keys) == list(other.keys)
 
 
+def test_lengths_are_known_without_reading_and_count_dropout(corpora):
+    data = dataset(corpora / "prior", caption_dropout=0.4)
+    positions = np.arange(5, 60)
+    (batch,) = data.batches([positions], 0)
+    assert data.num_text_states(positions).tolist() == batch.token_mask_BL.sum(1).tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_captions_of_one_length_share_a_micro_batch_and_a_step_keeps_its_samples(corpora, world_size):
+    data = dataset(corpora / "prior", caption_dropout=0.4)
+
+    def steps(rank: int, lengths) -> list:
+        loader = Loader(
+            data,
+            global_batch_size=16,
+            micro_batch_size=2,
+            rank=rank,
+            world_size=world_size,
+            num_workers=2,
+            device="cpu",
+            lengths=lengths,
+        )
+        generator = loader.steps(32)
+        found = [next(generator) for _ in range(3)]
+        generator.close()
+        return found
+
+    ranks = [steps(rank, data.num_text_states) for rank in range(world_size)]
+    as_they_come = [steps(rank, None) for rank in range(world_size)]
+    for step in range(3):
+        batches = [ranks[k % world_size][step][k // world_size] for k in range(8)]
+        together = [position for batch in batches for position in batch.positions_B.tolist()]
+        assert sorted(together) == list(range(32 + 16 * step, 48 + 16 * step))
+        lengths = data.num_text_states(np.array(together))
+        assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
+        # As much to do on every rank, and less than in the order in which samples come.
+        padded = [[batch.token_mask_BL.shape[1] for batch in rank[step]] for rank in ranks]
+        for index in range(8 // world_size):
+            assert padded[0][index] >= padded[-1][index]
+        for index in range(8 // world_size - 1):
+            assert padded[-1][index] >= padded[0][index + 1]
+        before = sum(batch.token_mask_BL.numel() for rank in as_they_come for batch in rank[step])
+        assert sum(batch.token_mask_BL.numel() for batch in batches) < before
+
+
 def test_records_of_a_shape_have_the_layout_of_its_bucket():
     buckets = dataclasses.replace(
         DECODER, settings={**DECODER.settings, "data.aspect_buckets": True, "data.resolution": 512}
