@@ -27,7 +27,7 @@ def count_flops(function: Callable[[], Any]) -> float:
         FLOPs of the whole call, so of every sample in its batch.
     """
     counter = FlopCounterMode(display=False)
-    # Attention as matrix products, which are counted one by one: no formula is needed for each of its kernels.
+    # Attention as matrix products, which are counted one by one: its many kernels need no formulas.
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), counter:
         function()
     return float(counter.get_total_flops())
