@@ -8,6 +8,7 @@ from kandinsky_dist.bench import (
     comm_report,
     data_report,
     data_resume,
+    draws_report,
     memory_report,
     optimizer,
     performance,
@@ -26,6 +27,7 @@ REPORTS: dict[str, Callable[[Record], str]] = {
     "train": train_report.to_markdown,
     "scaling": scaling_report.to_markdown,
     "optimizer": optimizer.to_markdown,
+    "draws": draws_report.to_markdown,
 }
 
 

@@ -183,6 +183,35 @@ def add_bench(commands: Any) -> None:
         "--contender", nargs="+", default=(), help="implementations by the beginning of their names"
     )
 
+    def draws(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.bench.draws import run
+
+        run(
+            arguments.out,
+            shards=arguments.shards,
+            models=arguments.models,
+            stages=arguments.steps,
+            num_captions=arguments.captions,
+        )
+
+    parser = command(
+        commands,
+        "draws",
+        draws,
+        "Variance of the prior's gradient by objective.noise_draws, at equal captions and at equal FLOPs.",
+    )
+    parser.add_argument("out", type=Path, help="folder for draws.json and draws.md")
+    parser.add_argument("--shards", help="corpus with a manifest; by default the demo corpus is made")
+    parser.add_argument("--models", type=Path, help="folder with prior/; by default tiny ones are made")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[30, 300, 1500],
+        help="of training, when gradients are looked at",
+    )
+    parser.add_argument("--captions", type=int, default=256, help="whose gradients are looked at, each time")
+
     def render(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.cases import to_markdown
 

@@ -126,8 +126,8 @@ class ObjectiveConfig:
     )
     noise_draws: int = option(
         1,
-        "noises and timesteps a caption in one forward pass, which compute its text once: a gradient of less "
-        "variance for little more work (docs/draws.md)",
+        "noises and timesteps a caption in one forward pass, which compute its text once; docs/draws.md says "
+        "what it does to the gradient's variance",
         stage="prior",
     )
 
