@@ -25,6 +25,7 @@ class Rung:
         name: of its row.
         settings: added to those of the kept rungs below.
         brings: a lever of `bench.switches`, always on in training and taken from the rungs below.
+        off: settings of the rungs below, for a lever that is on by default; unknown ones are passed over.
         is_kept: whether the rungs above stand on it; else it is tried once, beside the ladder.
         stages: that it applies to.
         devices: where it is worth a try.
@@ -34,6 +35,7 @@ class Rung:
     name: str
     settings: Mapping[str, str] = field(default_factory=dict)
     brings: str | None = None
+    off: Mapping[str, str] = field(default_factory=dict)
     is_kept: bool = True
     stages: tuple[Stage, ...] = STAGES
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -54,6 +56,8 @@ def _is_known(key: str, value: str) -> bool:
         return False
     return True
 
+
+CHANNELS_LAST = "convolutions read their channels from neighbouring memory"
 
 RUNGS = (
     Rung(
@@ -80,8 +84,18 @@ RUNGS = (
     Rung(
         name="+ channels_last",
         settings={"parallel.channels_last": "true"},
+        off={"parallel.channels_last": "false"},
         stages=("decoder",),
-        why="convolutions read their channels from neighbouring memory",
+        devices=("cuda",),
+        why=CHANNELS_LAST,
+    ),
+    Rung(
+        name="+ channels_last",
+        settings={"parallel.channels_last": "true"},
+        stages=("decoder",),
+        devices=("cpu",),
+        is_kept=False,
+        why=CHANNELS_LAST,
     ),
     Rung(
         name="+ compile",
@@ -96,6 +110,22 @@ RUNGS = (
         why="draws share the text's part of the forward pass; more work a sample, for less variance",
     ),
     Rung(
+        name="+ cuDNN attention",
+        settings={"parallel.attention": "cudnn"},
+        stages=("decoder",),
+        devices=("cuda",),
+        is_kept=False,
+        why="cuDNN's fused kernels in place of those that torch chooses",
+    ),
+    Rung(
+        name="+ float8",
+        settings={"parallel.float8": "true"},
+        stages=("prior",),
+        devices=("cuda",),
+        is_kept=False,
+        why="matrices are multiplied in 8 bits; another arithmetic than the baseline's",
+    ),
+    Rung(
         name="+ bf16",
         settings={"parallel.precision": "bf16"},
         devices=("cpu",),
@@ -103,6 +133,11 @@ RUNGS = (
         why="half the bytes; a gain only where the processor multiplies bf16 itself",
     ),
 )
+
+
+def _off(above: Sequence[Rung]) -> dict[str, str]:
+    """Settings that keep the levers of the rungs above from being on already."""
+    return {key: value for rung in above for key, value in rung.off.items() if _is_known(key, value)}
 
 
 def cases(
@@ -128,7 +163,7 @@ def cases(
                 continue
             later = [other.brings for other in rungs[number + 1 :]]
             without = tuple(lever for lever in later if lever is not None and is_there(lever))
-            settings = {**kept, **rung.settings}
+            settings = {**_off(rungs[number + 1 :]), **kept, **rung.settings}
             found.append(
                 Case(
                     name=rung.name,
@@ -141,5 +176,5 @@ def cases(
                 )
             )
             if rung.is_kept:
-                below, kept = rung.name, settings
+                below, kept = rung.name, {**kept, **rung.settings}
     return found, left_out

