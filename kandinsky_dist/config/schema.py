@@ -23,7 +23,11 @@ class RunConfig:
     dir: str = option("runs/{stage}", "run folder; {stage} is replaced by prior or decoder")
     seed: int = option(0, "seed of data order, captions, noise and timesteps")
     max_steps: int = option(1000, "optimizer steps in all, restarts included")
-    resume: str = option("auto", "auto: continue the run folder's newest whole checkpoint; never; or a PATH")
+    resume: str = option(
+        "auto",
+        "auto: continue the run folder's newest whole checkpoint; never; or the PATH of another run or one of "
+        "its checkpoints, to begin with it where the run has none of its own yet",
+    )
     allow_change: tuple[str, ...] = option(
         (), "keys that may differ from those of the run that is resumed, e.g. [run.seed]"
     )
