@@ -31,7 +31,11 @@ class RunConfig:
     time_margin_seconds: float = option(
         60.0, "seconds that are left for the way out when the last checkpoint of a limited start is written"
     )
-    resume: str = option("auto", "auto: continue the run folder's newest whole checkpoint; never; or a PATH")
+    resume: str = option(
+        "auto",
+        "auto: continue the run folder's newest whole checkpoint; never; or the PATH of another run or one of "
+        "its checkpoints, to begin with it where the run has none of its own yet",
+    )
     allow_change: tuple[str, ...] = option(
         (), "keys that may differ from those of the run that is resumed, e.g. [run.seed]"
     )

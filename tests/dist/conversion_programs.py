@@ -87,6 +87,8 @@ def load_with_deepspeed(settings: dict[str, Any], universal: Path, num_steps: in
             "is_published": is_published(engine),
             "client": sorted(client),
         }
+        for item in strategy._adamw.state.values():
+            item["step"] = item["step"].clone()  # see `write_universal`
         trainer.state.step, trainer.state.samples_consumed = engine.global_steps, engine.global_samples
         found["losses"] = next_losses(trainer, num_steps)
         if process.is_first:
@@ -127,7 +129,8 @@ def go_on_beside_a_script(
 ) -> None:
     """A trainer that resumed a converted folder, beside the script's network and AdamW on the same batches.
 
-    OUT/differences.json: largest difference of each parameter after the last step, over its largest change.
+    OUT/differences.json: of each parameter, how far the two are apart after the last step, over how far
+    theirs has gone.
     """
     from diffusers import PriorTransformer, UNet2DConditionModel
 
@@ -154,14 +157,14 @@ def go_on_beside_a_script(
             train_step(trainer.strategy, trainer.objective, trainer.model, microbatches, learning_rate=rate)
             trainer.state.advance(trainer.config.data.global_batch_size)
         steps.close()
-        ours = dict(trainer.model.module.named_parameters())
+        ours = dict(trainer.strategy._named)
         found = {
             name: difference(ours[name].detach(), item.detach(), start[name])
             for name, item in theirs.named_parameters()
-            if ours[name].requires_grad
+            if name in ours
         }
         (out / "differences.json").write_text(json.dumps(found))
 
 
 def difference(ours: Tensor, theirs: Tensor, start: Tensor) -> float:
-    return float((ours - theirs).abs().max() / (theirs - start).abs().max().clamp(min=1e-12))
+    return float((ours - theirs).norm() / (theirs - start).norm())

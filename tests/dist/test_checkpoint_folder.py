@@ -119,6 +119,14 @@ def test_an_own_checkpoint_may_be_named_only_if_it_is_the_newest(process, tmp_pa
             own.find(str(path), ())
 
 
+def test_what_another_trainer_saved_is_named_with_the_command_that_converts_it(process, tmp_path):
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "optimizer.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"kandinsky-dist checkpoint convert {folder} OUT"):
+        manager(tmp_path / "run", process).find(str(folder), ())
+
+
 def test_a_run_folder_behind_a_link_is_that_runs_own(process, tmp_path):
     saved(tmp_path / "real", process, 5, 7)
     (tmp_path / "link").symlink_to(tmp_path / "real")

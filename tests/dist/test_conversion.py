@@ -1,6 +1,7 @@
 """What DeepSpeed or the diffusers scripts saved goes on here, and what we saved goes on there."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ SETTINGS = {
     "optim.ema_decay": "[0.9]",
 }
 STRATEGIES = ("zero2", "zero3")
+IS_CAMPAIGN = "KANDINSKY_DIST_CAMPAIGN" in os.environ
+LOADERS = [("zero2", "zero2", 2), ("zero3", "zero3", 2), ("zero2", "zero1", 1)]
+"""Strategy that saves, strategy and number of ranks that DeepSpeed loads under."""
+if IS_CAMPAIGN:
+    LOADERS = [
+        (saving, loading, world_size)
+        for saving in STRATEGIES
+        for loading in ("zero1", "zero2", "zero3")
+        for world_size in (1, 2, 3)
+    ]
 
 
 def settings_for(models: Path, corpus: Path, run_dir: Path, strategy: str, **extra: Any) -> dict[str, Any]:
@@ -118,9 +129,9 @@ def test_ours_as_theirs_and_back_is_the_same_to_the_last_bit(saved, tmp_path):
     assert (after.folder / "config.yaml").read_bytes() == (before.folder / "config.yaml").read_bytes()
 
 
-@pytest.mark.parametrize(("loading", "world_size"), [("zero2", 2), ("zero3", 2), ("zero1", 1)])
+@pytest.mark.parametrize(("saved", "loading", "world_size"), LOADERS, indirect=["saved"])
 def test_deepspeeds_own_loader_goes_on_from_ours(
-    loading, world_size, saved, tiny_models, small_corpus, tmp_path
+    saved, loading, world_size, tiny_models, small_corpus, tmp_path
 ):
     saving, folder = saved
     before = checkpoint_of(folder / "run")
@@ -181,8 +192,10 @@ def test_what_a_diffusers_script_saved_goes_on(stage, tiny_models, small_corpus,
     assert "average with decay" not in done.stderr, "it must not be dropped or begun anew"
     differences = json.loads((tmp_path / "differences.json").read_text())
     assert differences.keys() == names
-    print(f"{stage}: largest difference over change {max(differences.values()):.1e}")
-    assert max(differences.values()) < 1e-3
+    # A softmax does not see what is added to all keys: the gradient is a rounding error, which AdamW scales up.
+    seen = [value for name, value in differences.items() if not name.endswith("attn1.to_k.bias")]
+    print(f"{stage}: largest difference over change {max(seen):.1e}")
+    assert max(seen) < 1e-4
 
 
 def save_one(pipeline: Path, component: str, out: Path, arguments: dict[str, Any]) -> None:

@@ -159,6 +159,10 @@ def write_universal(checkpoint: Path, out: Path) -> Path:
     A DeepSpeed engine with `{"checkpoint": {"load_universal": true}}` loads it by `load_checkpoint(out)`, at
     stages 1 to 3 and any world size. Tensors are 1-D, as ZeRO-3's are.
 
+    Of any universal checkpoint, stage 3 gives all of the engine's parameter groups one tensor to count their
+    steps in (DeepSpeed 0.19.8): an optimizer with two of them counts each step twice, unless its program puts
+    a copy into the state of each.
+
     Raises:
         CheckpointError: the checkpoint cannot be read.
         ConfigError, DiskFullError: `out` cannot be written.
