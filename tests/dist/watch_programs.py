@@ -14,20 +14,30 @@ from kandinsky_dist.train import trainer as module
 from kandinsky_dist.train.trainer import Trainer
 
 
-def one_slow_rank(settings: dict[str, Any], slow_rank: int, seconds: float) -> None:
-    """Trains; one rank takes longer over its frozen encoders."""
+class Slow:
+    """An objective that takes so many times as long over its frozen encoders."""
+
+    def __init__(self, objective: Any, times: float) -> None:
+        self._objective = objective
+        self._times = times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._objective, name)
+
+    def prepare(self, batch: Any) -> Any:
+        start = time.monotonic()
+        found = self._objective.prepare(batch)
+        time.sleep(0.2 + (self._times - 1) * (time.monotonic() - start))
+        return found
+
+
+def one_slow_rank(settings: dict[str, Any], slow_rank: int, times: float) -> None:
+    """Trains, one rank so many times as slowly."""
     with joined() as process:
-        trainer = Trainer(
-            loader.load("prior", None, [loader.Layer("test", settings)]), process, StopRequest()
-        )
-        prepare = trainer.objective.prepare
-
-        def slowly(batch: Any) -> Any:
-            time.sleep(seconds)
-            return prepare(batch)
-
+        resolved = loader.load("prior", None, [loader.Layer("test", settings)])
+        trainer = Trainer(resolved, process, StopRequest())
         if process.rank == slow_rank:
-            trainer.objective.prepare = slowly
+            trainer.objective = Slow(trainer.objective, times)  # type: ignore[assignment]
         trainer.run()
 
 
