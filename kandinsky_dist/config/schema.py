@@ -25,8 +25,8 @@ class RunConfig:
     max_steps: int = option(1000, "optimizer steps in all, restarts included")
     resume: str = option(
         "auto",
-        "auto: continue the run folder's newest whole checkpoint; never; or the PATH of another run or one of "
-        "its checkpoints, to begin with it where the run has none of its own yet",
+        "auto: continue the run folder's newest whole checkpoint; never; or the PATH of another run or of "
+        "one of its checkpoints, to begin with where the run has none of its own yet",
     )
     allow_change: tuple[str, ...] = option(
         (), "keys that may differ from those of the run that is resumed, e.g. [run.seed]"
