@@ -1,5 +1,6 @@
 """Saving and restoring a run, on all ranks alike."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -24,7 +25,8 @@ from kandinsky_dist.checkpoint.layout import (
 from kandinsky_dist.checkpoint.rollback import Rollback, read_rollback
 from kandinsky_dist.checkpoint.snapshot import Staging
 from kandinsky_dist.checkpoint.writer import Writer, remove
-from kandinsky_dist.errors import CheckpointError, ConfigError
+from kandinsky_dist.errors import CheckpointError, ConfigError, KandinskyError
+from kandinsky_dist.faults.fence import Fence
 from kandinsky_dist.parallel.base import ModelPlan, Strategy
 from kandinsky_dist.parallel.initial import InitialWeights
 from kandinsky_dist.runtime import agree
@@ -82,6 +84,7 @@ class CheckpointManager:
         keep: how many whole checkpoints stay, at least 2.
         identity: configuration key -> value or fingerprint that a resumed run must share.
         config_yaml: the resolved configuration.
+        fence: this start's claim to the run folder; None makes one that nobody has taken.
         is_async: `save` returns when its tensors are copied, and they are written beside training.
         on_failure: called as soon as what is written beside training has failed, from another thread.
     """
@@ -95,14 +98,24 @@ class CheckpointManager:
         identity: Mapping[str, Any],
         config_yaml: str,
         is_async: bool,
+        fence: Fence | None = None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = run_dir / "checkpoints"
         self._process = process
         self.identity = identity
-        self._writer = Writer(self.folder, process, keep=keep, identity=identity, config_yaml=config_yaml)
+        self._writer = Writer(
+            self.folder,
+            process,
+            keep=keep,
+            identity=identity,
+            config_yaml=config_yaml,
+            fence=fence or Fence(run_dir),
+        )
         self._staging = Staging() if is_async else None
         self._background = Background(on_failure)
+        self.save_seconds = 0.0
+        """Longest that a checkpoint took, from the first copy to its last file."""
 
     @property
     def is_writing(self) -> bool:
@@ -127,12 +140,17 @@ class CheckpointManager:
                 are untouched.
         """
         self.finish()
+        start = time.monotonic()
         live = RankTensors.of(strategy.fragments(), extra)
         if self._staging is None:
-            self._writer.write(lambda: live, state)
+            self._write(lambda: live, state, start)
         else:
             tensors = _copied(live, self._staging)
-            self._background.start(partial(self._writer.write, tensors, deepcopy(state)))
+            self._background.start(partial(self._write, tensors, deepcopy(state), start))
+
+    def _write(self, tensors: Callable[[], RankTensors], state: RunState, start: float) -> None:
+        self._writer.write(tensors, state)
+        self.save_seconds = max(self.save_seconds, time.monotonic() - start)
 
     def finish(self) -> None:
         """Waits for what is being written. Collective: call on every rank.
@@ -147,7 +165,7 @@ class CheckpointManager:
     def close(self) -> None:
         """Waits for what is being written, on the way out of a run that has its own reason to end."""
         error = self._background.wait()
-        if isinstance(error, CheckpointError):  # else a rank was lost, and that is what the run ends for
+        if isinstance(error, KandinskyError):  # else a rank was lost, and that is what the run ends for
             say(str(error), self._process)
 
     def find(self, resume: str, allow_change: tuple[str, ...]) -> CheckpointReader | None:
@@ -190,6 +208,7 @@ class CheckpointManager:
             if own is None:
                 return RunState()
             strategy.load_fragments(InitialWeights(plan), num_steps=0)
+            strategy.load_engine_state({})
             return own.continued(RunState())
         for fragment in strategy.fragments():  # a larger parameter would be read in part
             found = reader.numels.get(fragment.name)
@@ -200,6 +219,7 @@ class CheckpointManager:
                 )
         state = reader.state.run
         strategy.load_fragments(reader, num_steps=state.num_updates)
+        strategy.load_engine_state(state.engine)
         if reader.folder.parent.resolve() != self.folder.resolve():
             state.began_at_step = state.step
             theirs = agree.decided_by_first(lambda: read_rollback(reader.folder.parent))

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from kandinsky_dist.checkpoint.layout import (
     COMMIT,
     CONFIG,
@@ -24,11 +22,12 @@ from kandinsky_dist.checkpoint.layout import (
     write_state,
     write_tensors,
 )
-from kandinsky_dist.errors import CheckpointError
+from kandinsky_dist.errors import CheckpointError, KandinskyError
+from kandinsky_dist.faults.fence import Fence
 from kandinsky_dist.runtime import agree
 from kandinsky_dist.runtime.disk import sync, write_whole
 from kandinsky_dist.runtime.logs import say
-from kandinsky_dist.runtime.process import Process
+from kandinsky_dist.runtime.process import Process, cpu_group
 
 _VERSIONED = ("kandinsky-dist", "torch", "diffusers", "transformers", "deepspeed")
 
@@ -42,18 +41,27 @@ class Writer:
         keep: how many finished checkpoints stay.
         identity: goes into state.json.
         config_yaml: the resolved configuration.
+        fence: this start's claim to the run folder.
     """
 
     def __init__(
-        self, folder: Path, process: Process, *, keep: int, identity: Mapping[str, Any], config_yaml: str
+        self,
+        folder: Path,
+        process: Process,
+        *,
+        keep: int,
+        identity: Mapping[str, Any],
+        config_yaml: str,
+        fence: Fence,
     ) -> None:
         self._folder = folder
         self._process = process
         self._keep = keep
         self._identity = identity
         self._config_yaml = config_yaml
+        self._fence = fence
         # Its own: what ranks agree on while they write is not to be mistaken for what they train on.
-        self._group = dist.new_group(backend="gloo")
+        self._group = cpu_group()
         self._given_up: set[Path] = set()
 
     def give_up(self, damaged: Iterable[Path]) -> None:
@@ -69,9 +77,12 @@ class Writer:
 
         Raises:
             CheckpointError: a rank could not write (named); the run's older checkpoints are untouched.
+            FencedError: the run folder is another start's.
         """
+        self._check_fence()
         final = self._folder / folder_name(state.step)
-        temporary = final.with_name(final.name + TEMPORARY)
+        # Of this start alone: an older one may still be writing the same step.
+        temporary = final.with_name(f"{final.name}.{self._fence.start}{TEMPORARY}")
         is_first = self._process.is_first
         self._attempt(lambda: _fresh(temporary) if is_first else None)
         name = f"rank_{self._process.rank:05d}.safetensors"
@@ -83,13 +94,18 @@ class Writer:
         try:
             mine = self._attempt(write)
             files = dict(agree.gather((name, mine), self._group))
+            self._check_fence()
             self._attempt(lambda: self._finish(temporary, final, files, state) if is_first else None)
-        except CheckpointError:
+        except KandinskyError:
             if is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
-                if not (final / COMMIT).exists():  # renamed, but no room for the last file
-                    shutil.rmtree(final, ignore_errors=True)
+            self._check_fence()  # what lies there may be a newer start's, and the reason
+            if is_first and not (final / COMMIT).exists():  # renamed, but no room for the last file
+                shutil.rmtree(final, ignore_errors=True)
             raise
+
+    def _check_fence(self) -> None:
+        agree.decided_by_first(self._fence.check, self._group)
 
     def _finish(self, temporary: Path, final: Path, files: dict[str, Any], state: RunState) -> None:
         commit(temporary, final, files, SavedState(state, self._identity, versions()), self._config_yaml)

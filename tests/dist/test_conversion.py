@@ -192,7 +192,7 @@ def test_what_a_diffusers_script_saved_goes_on(stage, tiny_models, small_corpus,
     assert "average with decay" not in done.stderr, "it must not be dropped or begun anew"
     differences = json.loads((tmp_path / "differences.json").read_text())
     assert differences.keys() == names
-    # A softmax does not see what is added to all keys: that gradient is a rounding error, scaled up by AdamW.
+    # A softmax does not see what is added to all keys: that gradient is rounding, which AdamW scales up.
     seen = [value for name, value in differences.items() if not name.endswith("attn1.to_k.bias")]
     print(f"{stage}: largest difference over change {max(seen):.1e}")
     assert max(seen) < 1e-4
