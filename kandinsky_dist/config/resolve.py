@@ -51,16 +51,19 @@ def check(resolved: Resolved, *, world_size: int) -> None:
         raise ConfigError(problem)
 
 
-def problems(resolved: Resolved, *, world_size: int) -> Iterator[str]:
-    """Every broken rule, one line each."""
+def problems(resolved: Resolved, *, world_size: int, is_elsewhere: bool = False) -> Iterator[str]:
+    """Every broken rule, one line each; of a run elsewhere not those about its corpus and packages."""
     config = resolved.config
     yield from _ranges(config)
     yield from _stage_keys(resolved)
     yield from _batch_arithmetic(config, world_size)
+    if not is_elsewhere:
+        yield from _corpus(config.data)
     yield from _combinations(resolved)
     yield from _sharding(resolved, world_size)
     yield from _reduction(resolved)
-    yield from _packages(config)
+    if not is_elsewhere:
+        yield from _packages(config)
 
 
 def num_micro(config: Config, *, world_size: int) -> int:
@@ -131,7 +134,6 @@ def _batch_arithmetic(config: Config, world_size: int) -> Iterator[str]:
 
 def _combinations(resolved: Resolved) -> Iterator[str]:
     config = resolved.config
-    yield from _corpus(config.data)
     if config.validation.every_steps and config.validation.shards is None:
         yield (
             f"validation.every_steps={config.validation.every_steps} needs validation.shards; "

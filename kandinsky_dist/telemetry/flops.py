@@ -39,7 +39,11 @@ def count_forward_flops(function: Callable[[], Any]) -> float:
     Returns:
         FLOPs of the whole call, so of every sample in its batch.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=_MISSING_FORMULAS)
-    with FakeTensorMode(allow_non_fake_inputs=True), counter, torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True), flop_counter() as counter, torch.no_grad():
         function()
     return float(counter.get_total_flops())
+
+
+def flop_counter() -> FlopCounterMode:
+    """A context that counts what runs inside, under a fake mode that is already on too."""
+    return FlopCounterMode(display=False, custom_mapping=_MISSING_FORMULAS)
