@@ -3,7 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from kandinsky_dist.bench import checkpoint, comm_report, data_report, data_resume, memory_report
+from kandinsky_dist.bench import (
+    checkpoint,
+    comm_report,
+    data_report,
+    data_resume,
+    forecast_report,
+    memory_report,
+)
 from kandinsky_dist.bench.record import Record
 from kandinsky_dist.errors import DataError
 
@@ -13,6 +20,7 @@ REPORTS: dict[str, Callable[[Record], str]] = {
     "data_resume": data_resume.to_markdown,
     "checkpoint": checkpoint.to_markdown,
     "comm": comm_report.to_markdown,
+    "estimate": forecast_report.to_markdown,
 }
 
 

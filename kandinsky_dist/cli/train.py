@@ -15,7 +15,7 @@ def add_train(commands: Any) -> None:
     """Adds the command."""
 
     def run(arguments: argparse.Namespace) -> None:
-        resolved = _resolved(arguments)
+        resolved = resolved_of(arguments)
         resolve.check(resolved, world_size=read_ranks(os.environ).world_size)
         from kandinsky_dist.faults.preempt import StopRequest
 
@@ -27,18 +27,18 @@ def add_train(commands: Any) -> None:
             with joined() as process, failures_said():
                 Trainer(resolved, process, stop).run()
 
-    _add_configured(commands, "train", run, "Trains a stage; the same command again continues it.")
+    add_configured(commands, "train", run, "Trains a stage; the same command again continues it.")
 
 
 def add_check(commands: Any) -> None:
     """Adds the command."""
 
     def run(arguments: argparse.Namespace) -> None:
-        resolved = _resolved(arguments)
+        resolved = resolved_of(arguments)
         resolve.check(resolved, world_size=arguments.world_size)
         print(resolved.to_yaml(), end="")
 
-    parser = _add_configured(
+    parser = add_configured(
         commands,
         "check",
         run,
@@ -60,7 +60,8 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
-def _add_configured(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+def add_configured(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    """Adds a command that takes a stage and settings."""
     parser = command(
         commands,
         name,
@@ -78,6 +79,7 @@ def _add_configured(commands: Any, name: str, run: Any, summary: str) -> argpars
     return parser
 
 
-def _resolved(arguments: argparse.Namespace) -> loader.Resolved:
+def resolved_of(arguments: argparse.Namespace) -> loader.Resolved:
+    """The configuration of such a command."""
     layers = [launch_env.accelerate_layer(os.environ), loader.command_line_layer(arguments.settings)]
     return loader.load(arguments.stage, arguments.config, [layer for layer in layers if layer is not None])

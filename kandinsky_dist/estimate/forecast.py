@@ -122,7 +122,6 @@ class Forecaster:
         parallel: ParallelConfig | None = None,
         micro_batch_size: int | None = None,
         global_batch_size: int | None = None,
-        is_exact: bool = False,
     ) -> Forecast:
         """Memory and time of one way to run it, by default the configuration's.
 
@@ -131,7 +130,6 @@ class Forecaster:
             parallel: another strategy.
             micro_batch_size: another one.
             global_batch_size: another one; the micro-batches of all ranks divide it.
-            is_exact: trace the activations of this very micro-batch.
         """
         parallel = parallel or self.config.parallel
         micro = micro_batch_size or self.config.data.micro_batch_size
@@ -146,7 +144,6 @@ class Forecaster:
             micro_batch_size=micro,
             num_micro=num_micro,
             num_averages=num_averages,
-            is_exact=is_exact,
         )
         micro_seconds, encoder_seconds = self._compute(cluster, parallel, micro)
         time = step_time(
@@ -183,6 +180,23 @@ class Forecaster:
             return seconds, seconds * encoder_share
         seconds = self.assumptions.fixed_seconds + flops * micro / rate
         return seconds, flops * encoder_share * micro / rate
+
+    def largest_micro_batch(self, cluster: Cluster) -> int:
+        """Samples of the largest micro-batch that fits, traced at that size; 0: the states alone do not."""
+        asked, parallel = self.forecast(cluster), self.config.parallel
+        size = asked.largest
+        while size > 0:
+            found = self.survey.trace(
+                parallel.strategy,
+                self.precision,
+                is_recomputed=parallel.gradient_checkpointing,
+                num_samples=size,
+            )
+            if asked.memory.resident + found.peak <= cluster.room:
+                return size
+            # Far from the sizes that the line goes through it may lie below the truth, by little.
+            size = min(size - 1, int(size * 0.98))
+        return 0
 
     def candidates(self, cluster: Cluster) -> list[Forecast]:
         """All that fit: strategies x recomputation x micro-batches that divide the batch, quickest first."""

@@ -66,7 +66,6 @@ def memory(
     micro_batch_size: int,
     num_micro: int,
     num_averages: int,
-    is_exact: bool = False,
 ) -> Memory:
     """What one rank holds.
 
@@ -78,7 +77,6 @@ def memory(
         micro_batch_size: samples a forward.
         num_micro: micro-batches a step; one alone is reduced at once and never accumulates.
         num_averages: decays of optim.ema_decay.
-        is_exact: trace this micro-batch, not the line through two others.
     """
     strategy, trained = parallel.strategy, survey.num_trained
     low = LOW_BYTES[precision]
@@ -90,11 +88,6 @@ def memory(
         gradients /= num_shards
     is_cast = strategy in HOLDS_FP32_WEIGHTS
     activations = survey.activations(is_cast, precision, parallel.gradient_checkpointing)
-    peak = activations.num_bytes(micro_batch_size)
-    if is_exact:
-        peak = survey.trace(
-            strategy, precision, is_recomputed=parallel.gradient_checkpointing, num_samples=micro_batch_size
-        ).peak
     buckets, gathered = _communicated(survey, parallel, low)
     settings = _zero_settings(parallel)
     is_offloaded = settings.get("offload_optimizer", {}).get("device", "none") != "none"
@@ -108,7 +101,7 @@ def memory(
         encoders=(low if precision in LOW else 4.0) * survey.encoder_values,
         buckets=buckets,
         gathered=gathered,
-        activations=peak,
+        activations=activations.num_bytes(micro_batch_size),
         encoding=survey.encoding_per_sample * micro_batch_size,
         stepping=4.0 * trained / num_ranks if is_copying and not is_offloaded else 0.0,
     )

@@ -47,7 +47,7 @@ NUM_FITTED = 2
 """The first two of `MLPERF`; the others are predicted."""
 
 # Of the submission's settings: 865,910,724 weights; gradients and weights are exchanged in fp16 in 6 buckets;
-# AdamW is sharded inside a node (distribute_within_nodes); reductions run beside backward, gathering does not.
+# AdamW is sharded inside a node (distribute_within_nodes); reductions run beside backward, gathering after.
 NUM_WEIGHTS, NUM_BUCKETS, FP16, GPUS_PER_NODE = 865_910_724, 6, 2.0, 8
 
 

@@ -82,7 +82,7 @@ class Survey:
             with torch.no_grad(), flop_counter() as counter:
                 self._losses(model, prepared)
             self.flops = float(counter.get_total_flops())
-        self.activations = cache(self._activations)
+        self._model, self.activations = cache(self._build), cache(self._activations)
 
     @cached_property
     def _objective(self) -> Objective:
@@ -105,28 +105,33 @@ class Survey:
 
     def trace(self, strategy: str, precision: str, *, is_recomputed: bool, num_samples: int) -> Trace:
         """Forward and backward of one micro-batch."""
-        networks = self.networks.with_recomputation(is_recomputed)
         low = LOW.get(precision)
+        is_cast = low is not None and strategy in HOLDS_FP32_WEIGHTS
         with self._mode:
-            is_cast = low is not None and strategy in HOLDS_FP32_WEIGHTS
-            model = networks.build(torch.float32 if low is None or is_cast else low)
-            if low is not None and not is_cast:
-                cast_inputs(model, low)
+            model = self._model(None if is_cast else low, is_recomputed)
             prepared = self._prepared(num_samples)
             return trace(
                 model, lambda model: self._losses(model, prepared), autocast=low if is_cast else None
             )
 
-    def _activations(self, is_cast: bool, precision: str, is_recomputed: bool) -> Activations:
-        """The line through two micro-batches.
+    def _build(self, low: torch.dtype | None, is_recomputed: bool) -> nn.Module:
+        """The network with fp32 weights, or with all in a low precision."""
+        model = self.networks.with_recomputation(is_recomputed).build(low or torch.float32)
+        if low is not None:
+            cast_inputs(model, low)
+        return model
 
-        The truth is the largest of several lines, so that it lies on or above this one beyond the two.
+    def _activations(self, is_cast: bool, precision: str, is_recomputed: bool) -> Activations:
+        """The line through the configuration's micro-batch, where it is exact, and a smaller one.
+
+        The truth is the largest of several lines, so that beyond the two it lies on or above this one.
         """
-        strategy = HOLDS_FP32_WEIGHTS[0] if is_cast else "zero1"
-        sizes = (2, 8)
+        strategy = HOLDS_FP32_WEIGHTS[0] if is_cast else ""
+        size = max(2, self.networks.config.data.micro_batch_size)
+        sizes = (size // 2, size)
         first, last = (
-            self.trace(strategy, precision, is_recomputed=is_recomputed, num_samples=size).peak
-            for size in sizes
+            self.trace(strategy, precision, is_recomputed=is_recomputed, num_samples=number).peak
+            for number in sizes
         )
         slope = (last - first) / (sizes[1] - sizes[0])
         return Activations(first - slope * sizes[0], slope)

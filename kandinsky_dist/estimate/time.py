@@ -12,8 +12,8 @@ FP32 = 4.0
 BACKWARD_SHARE = 2 / 3
 """Of forward and backward: a product's gradients for its input and its weight are a product each."""
 ADAMW_BYTES, CLIP_BYTES, AVERAGE_BYTES = 28.0, 12.0, 32.0
-"""Read and written by value: AdamW reads 16 and writes 12; the norm reads 4, clipping reads and writes 4 each;
-an average is three passes over two tensors (`optim/ema.py`)."""
+"""Read and written by value: AdamW reads 16 and writes 12; the norm reads 4, clipping reads and writes 4; an
+average is three passes over two tensors (`optim/ema.py`)."""
 MEMORY_SHARE = 0.8
 """Of the published memory rate, what such passes reach: an H100 copies 3.0 TB/s of 3.35, small tensors
 less."""

@@ -23,7 +23,8 @@ LAYERS = (
     {"parallel"},
     {"checkpoint"},
     {"train", "precompute"},
-    {"bench", "estimate"},
+    {"estimate"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 )
