@@ -4,6 +4,7 @@ Weak: each rank has the same micro-batch, the global batch grows. Strong: the gl
 its micro-batches. All numbers of ranks of one strategy take turns.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def run(
     """
     train_picture.require_matplotlib()
     check_plan(plan)
+    begin = time.monotonic()
     ranks = sorted(set(ranks or usual_ranks()))
     if ranks[0] < 1:
         raise ConfigError(f"--ranks {' '.join(map(str, ranks))} must be 1 or more each")
@@ -67,7 +69,11 @@ def run(
         f"--size {inputs.size} --stage {' '.join(stages)} --strategy {' '.join(strategies)}",
         f"--mode {' '.join(modes)} --ranks {' '.join(map(str, ranks))}",
     ]
-    setting = {"world_size": ranks[-1], "shares_cores": device == "cpu"}
+    setting = {
+        "world_size": ranks[-1],
+        "shares_cores": device == "cpu",
+        "seconds": time.monotonic() - begin,
+    }
     return save(
         out, "scaling", plan, inputs, rows, words, setting, scaling_report.to_markdown, scaling_report.draw
     )

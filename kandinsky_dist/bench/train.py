@@ -4,6 +4,7 @@ Every case is a training of its own in processes that stay; the cases take turns
 down does so for all. What is compared with the first case was measured in the same rounds.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -67,6 +68,7 @@ def run(
     """
     train_picture.require_matplotlib()
     check_plan(plan)
+    begin = time.monotonic()
     common = make_inputs(out, inputs, stages, world_size)
     device = device_of(world_size)
     cases, left_out = ladder.cases(stages, common, device, world_size)
@@ -86,7 +88,8 @@ def run(
         *(f"--vary {' '.join(words)}" for words in vary),
         *(["--no-baseline"] if not with_baseline else []),
     ]
-    setting = {"world_size": world_size, "left_out": left_out, "has_ladder": not vary}
+    setting: dict[str, Any] = {"world_size": world_size, "left_out": left_out, "has_ladder": not vary}
+    setting["seconds"] = time.monotonic() - begin
     return save(out, "train", plan, inputs, rows, words, setting, to_markdown, train_picture.draw)
 
 
@@ -121,9 +124,11 @@ def combinations(
     stage: Stage, common: Mapping[str, str], vary: Sequence[Sequence[str]], world_size: int
 ) -> list[Case]:
     """A case for every combination of the values of the keys."""
+    if len({words[0] for words in vary}) < len(vary):
+        raise ConfigError("--vary names a key twice: give all of its values at once")
     for words in vary:
-        if len(words) < 2:
-            raise ConfigError(f"--vary {' '.join(words)} needs a key and one or more values")
+        if len(words) < 2 or len(set(words)) < len(words):
+            raise ConfigError(f"--vary {' '.join(words)} needs a key and one or more values, each once")
     found = []
     for values in product(*(words[1:] for words in vary)):
         settings = dict(zip((words[0] for words in vary), values, strict=True))

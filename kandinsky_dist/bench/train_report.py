@@ -15,7 +15,7 @@ HOW = """
 Networks of `--size {size}` with random weights, {ranks}; all cases of a stage have the same samples,
 weights and batch. Every case is a training of its own, in processes that stay, and the cases take turns:
 medians of {num_repeats} turns of {num_steps} steps, after {num_warmup} steps to warm up. A ratio is the
-median of those within each round.
+median of those within each round. All of it, networks and corpus included, took {minutes:.1f} minutes.
 """
 CORPUS = """
 The corpus: {num_samples} JPEG photographs of {photograph_size} px, captions of {mean_caption_tokens:.1f}
@@ -130,7 +130,7 @@ def how(record: Record) -> str:
     setting = record.setting
     world_size = setting["world_size"]
     ranks = "on 1 rank" if world_size == 1 else f"on {world_size} ranks"
-    text = HOW.format(**setting, ranks=ranks)
+    text = HOW.format(**setting, ranks=ranks, minutes=setting["seconds"] / 60)
     return text + (CORPUS.format(**setting["corpus"]) if setting["corpus"] else "")
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import forked
 from helpers.command import command
 
 from kandinsky_dist.bench.cases import to_markdown
@@ -105,7 +106,7 @@ def test_scaling_over_ranks(tiny_models, small_corpus, tmp_path):
 def test_what_cannot_work_is_refused_before_anything_starts(
     words, message, tiny_models, small_corpus, tmp_path
 ):
-    done = command(
+    done = forked.command(
         "bench", "train", tmp_path / "out", "--size", "tiny", *inputs(tiny_models, small_corpus), *words
     )
     assert (done.returncode, done.stderr.count("\n")) == (78, 1), done.stderr

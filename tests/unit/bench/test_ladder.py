@@ -126,9 +126,20 @@ def test_combinations_are_every_value_with_every_other():
     ] == [("ddp", 2, 4), ("ddp", 8, 16), ("fsdp2", 2, 4), ("fsdp2", 8, 16)]
 
 
-def test_a_key_without_a_value_is_refused():
-    with pytest.raises(ConfigError, match=r"--vary parallel\.strategy needs a key and one or more values"):
-        combinations("prior", COMMON, [["parallel.strategy"]], world_size=1)
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ([["run.seed"]], r"--vary run\.seed needs a key and one or more values, each once"),
+        (
+            [["run.seed", "1", "2", "1"]],
+            r"--vary run\.seed 1 2 1 needs a key and one or more values, each once",
+        ),
+        ([["run.seed", "1"], ["run.seed", "2"]], "--vary names a key twice"),
+    ],
+)
+def test_cases_that_would_be_the_same_or_none_are_refused(vary, message):
+    with pytest.raises(ConfigError, match=message):
+        combinations("prior", COMMON, vary, world_size=1)
 
 
 @pytest.mark.parametrize(

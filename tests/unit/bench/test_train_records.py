@@ -38,7 +38,7 @@ def make_record(*rows: dict, case: str = "train", **setting) -> Record:
     common = {
         "num_warmup": 2, "num_steps": 3, "num_repeats": 3, "num_alive": 0, "size": "small",
         "device_type": "cpu", "settings": {}, "corpus": None, "world_size": 1, "left_out": [],
-        "has_ladder": True, "shares_cores": True,
+        "has_ladder": True, "shares_cores": True, "seconds": 90.0,
     }  # fmt: skip
     return Record.now(case, device="CPU x", command="c", setting={**common, **setting}, rows=list(rows))
 
