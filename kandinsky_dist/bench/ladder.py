@@ -1,9 +1,10 @@
 """The ladder: from the incumbent's way to this trainer, one lever a rung.
 
-To add a lever, add a rung. Its settings go on top of those of the kept rungs below it. A rung whose setting
-or switch this version lacks is left out, and the page says so.
+To add a lever, add a rung. Its settings go on top of those of the kept rungs below it. A rung whose setting,
+switch or package is not there is left out, and the page says so.
 """
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ class Rung:
         is_kept: whether the rungs above stand on it; else it is tried once, beside the ladder.
         stages: that it applies to.
         devices: where it is worth a try.
+        needs: a package that training does without otherwise.
         why: what it does, for the page; no figures.
     """
 
@@ -39,13 +41,16 @@ class Rung:
     is_kept: bool = True
     stages: tuple[Stage, ...] = STAGES
     devices: tuple[str, ...] = ("cpu", "cuda")
+    needs: str | None = None
     why: str
 
     def missing(self) -> list[str]:
-        """Settings and levers that this version does not have."""
+        """Settings and levers that this version does not have, and a package that is not installed."""
         found = [f"{key}={value}" for key, value in self.settings.items() if not _is_known(key, value)]
         if self.brings is not None and not is_there(self.brings):
             found.append(self.brings)
+        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
+            found.append(f"package {self.needs}")
         return found
 
 
@@ -120,6 +125,7 @@ RUNGS = (
     Rung(
         name="+ float8",
         settings={"parallel.float8": "true"},
+        needs="torchao",
         stages=("prior",),
         devices=("cuda",),
         is_kept=False,
@@ -159,7 +165,7 @@ def cases(
         rungs = [rung for rung in RUNGS if stage in rung.stages and device in rung.devices]
         for number, rung in enumerate(rungs):
             if missing := rung.missing():
-                left_out.append(f"{stage}, {rung.name}: this version has no {', '.join(missing)}")
+                left_out.append(f"{stage}, {rung.name}: there is no {', '.join(missing)}")
                 continue
             later = [other.brings for other in rungs[number + 1 :]]
             without = tuple(lever for lever in later if lever is not None and is_there(lever))
