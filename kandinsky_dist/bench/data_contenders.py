@@ -106,25 +106,35 @@ def split(values_BN: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@cache
-def _clip_processor() -> Any:
+def pil_processor_class() -> Any:
+    """CLIPImageProcessor as it works on Pillow images, under the name that transformers gives it."""
     import transformers
 
     names = ("CLIPImageProcessorPil", "CLIPImageProcessor")  # as it is called where torchvision is optional
-    kind = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
-    return kind(crop_size={"height": CLIP_SIZE, "width": CLIP_SIZE}, size={"shortest_edge": CLIP_SIZE})
+    return next(getattr(transformers, name) for name in names if hasattr(transformers, name))
+
+
+@cache
+def _clip_processor() -> Any:
+    size = {"height": CLIP_SIZE, "width": CLIP_SIZE}
+    return pil_processor_class()(crop_size=size, size={"shortest_edge": CLIP_SIZE})
+
+
+def usual_square(image: Image.Image, resolution: int) -> Tensor:
+    """The middle of a picture, by Pillow: fp32 (3, resolution, resolution) in [-1, 1]."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=1)
+    pixels_HWC = np.asarray(image, np.float32) / 127.5 - 1
+    return torch.from_numpy(pixels_HWC.transpose(2, 0, 1).copy())
 
 
 def usual_views(data: bytes) -> tuple[Tensor, Tensor]:
     """Both views as training scripts make them, by Pillow and CLIPImageProcessor; fp32."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     clip_CHW = torch.as_tensor(_clip_processor()(image, return_tensors="np").pixel_values[0])
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    image = image.resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC, reducing_gap=1)
-    pixels_HWC = np.asarray(image, np.float32) / 127.5 - 1
-    return clip_CHW, torch.from_numpy(pixels_HWC.transpose(2, 0, 1).copy())
+    return clip_CHW, usual_square(image, RESOLUTION)
 
 
 def _write_record_shards(folder: Path, num_samples: int) -> None:

@@ -20,12 +20,15 @@ def add_train(commands: Any) -> None:
         from kandinsky_dist.faults.preempt import StopRequest
 
         with StopRequest().listening() as stop:
+            from kandinsky_dist.faults.watchdog import Watchdog
             from kandinsky_dist.runtime.process import joined
             from kandinsky_dist.train.trainer import Trainer
 
+            patience = Watchdog.collective_timeout(resolved.config.watchdog)
             # Said before the group is left: that may have to wait for ranks that wait for this one.
-            with joined() as process, failures_said():
-                Trainer(resolved, process, stop).run()
+            run_folder = resolve.run_dir(resolved.config)
+            with Watchdog() as dog, joined(patience, run_folder) as process, failures_said():
+                Trainer(resolved, process, stop, dog).run()
 
     add_configured(commands, "train", run, "Trains a stage; the same command again continues it.")
 

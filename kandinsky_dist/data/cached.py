@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kandinsky_dist.data.batch import BadSample, Batch
-from kandinsky_dist.data.cache_description import CacheDescription
+from kandinsky_dist.data.batch import BadSample, Batch, text_length
+from kandinsky_dist.data.cache_description import MAX_TEXT_STATES, CacheDescription
 from kandinsky_dist.data.captions import caption_drops
 from kandinsky_dist.data.order import Order
 from kandinsky_dist.data.record_layout import Sheet
@@ -90,13 +90,13 @@ class CachedViews:
         """The captions' states, and the empty caption's where dropout asks for it."""
         lengths_B = torch.from_numpy(num_states_B.copy())
         drops_B = torch.from_numpy(caption_drops(positions_B, share=self.caption_dropout, seed=self.seed))
+        empty_LD = self.description.constants["text_states"]
+        lengths_B[drops_B] = len(empty_LD)
+        length = text_length(int(lengths_B.max()), MAX_TEXT_STATES)
+        states_BLD = _of_length(states_BLD, length)
         if drops_B.any():
-            empty_LD = self.description.constants["text_states"]
-            lengths_B[drops_B] = len(empty_LD)
-            longest = int(lengths_B.max())
-            states_BLD = _of_length(states_BLD, longest)
             embeds_BD[drops_B] = self.description.constants["text_embeds"]
-            states_BLD[drops_B] = _of_length(empty_LD[None], longest)
+            states_BLD[drops_B] = _of_length(empty_LD[None], length)
         return {
             "text_embeds_BD": embeds_BD,
             "text_states_BLD": states_BLD,

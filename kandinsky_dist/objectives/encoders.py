@@ -5,8 +5,8 @@ from typing import Any
 
 from kandinsky_dist.config.schema import Config
 from kandinsky_dist.data.captions import CaptionSource
+from kandinsky_dist.models.fingerprint import weights_fingerprint
 from kandinsky_dist.models.frozen import clip_preprocessing
-from kandinsky_dist.models.load import weights_fingerprint
 
 
 def encoder_settings(

@@ -43,7 +43,7 @@ def train(
     run_dir: Path,
     world_size: int = 1,
     strategy: str = "ddp",
-    timeout: float = 120,
+    timeout: float = 300,
 ) -> CompletedProcess[str]:
     """`helpers.command.train` for tests that start many runs; the same arguments, files and exit code.
 
@@ -76,7 +76,7 @@ def call(
     function: Callable[..., Any],
     *arguments: Any,
     world_size: int = 1,
-    timeout: float = 120,
+    timeout: float = 300,
     environment: Mapping[str, str] | None = None,
 ) -> CompletedProcess[str]:
     """Calls a function of a module's top level on every rank; what it returns is the rank's exit code."""
