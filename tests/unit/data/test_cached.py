@@ -14,7 +14,7 @@ from kandinsky_dist.data.aspects import WHOLE
 from kandinsky_dist.data.batch import text_length
 from kandinsky_dist.data.cache_description import CACHE_NAME, CacheDescription, read_description
 from kandinsky_dist.data.cached import CachedDataset, CachedViews, blank_batch
-from kandinsky_dist.data.captions import dropped
+from kandinsky_dist.data.captions import CaptionSource, SoleCaption, dropped
 from kandinsky_dist.data.catalogue import read_manifest
 from kandinsky_dist.data.dataset import ShardDataset
 from kandinsky_dist.data.indexing.subset import make_subset
@@ -22,7 +22,7 @@ from kandinsky_dist.data.loader import Loader
 from kandinsky_dist.data.order import Order
 from kandinsky_dist.data.packing.writer import write_shards
 from kandinsky_dist.data.storage import LocalStorage
-from kandinsky_dist.errors import ConfigError
+from kandinsky_dist.errors import ConfigError, SampleError
 from kandinsky_dist.runtime.hashing import Stream, uniform
 
 NUM_SAMPLES = 24
@@ -257,6 +257,23 @@ def test_a_subset_is_described_like_the_whole(corpora, tmp_path):
     (batch,) = dataset(out).batches([range(5)], 0)
     assert sorted(batch.keys) == ["001", "002", "003", "004", "005"]
     assert read_description(str(corpora / "prior" / "*.tar"), "data.shards").settings == PRIOR.settings
+
+
+ONLY = SoleCaption((CaptionSource.parse("json.tags"),), 0)
+
+
+@pytest.mark.parametrize("position", [0, 1, 17])
+def test_the_only_caption_is_the_same_at_every_position(position):
+    assert ONLY.choose({"json": b'{"tags": [" a cat ", ""]}'}, position, "a.tar:1") == "a cat"
+
+
+def test_samples_of_several_captions_or_none_are_not_encoded_in_advance():
+    with pytest.raises(
+        ConfigError, match=r"a.tar:1: has 2 captions in .json field tags, and encoder outputs"
+    ):
+        ONLY.choose({"json": b'{"tags": ["a cat", "a dog"]}'}, 0, "a.tar:1")
+    with pytest.raises(SampleError, match=r"a.tar:1: has no caption in .json field tags"):
+        ONLY.choose({"json": b"{}"}, 0, "a.tar:1")
 
 
 CHANGES = [
