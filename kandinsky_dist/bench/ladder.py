@@ -82,6 +82,20 @@ RUNGS = (
         why="what the frozen networks say of a sample is read from the shards; none of them is loaded",
     ),
     Rung(
+        name="+ 4 noise draws a caption",
+        settings={"objective.noise_draws": "4"},
+        stages=("prior",),
+        is_kept=False,
+        why="draws share the text's part of the forward pass; more work a sample, for less variance",
+    ),
+    Rung(
+        name="+ bf16",
+        settings={"parallel.precision": "bf16"},
+        devices=("cpu",),
+        is_kept=False,
+        why="half the bytes; a gain only where the processor multiplies bf16 itself",
+    ),
+    Rung(
         name="+ channels_last",
         settings={"parallel.channels_last": "true"},
         off={"parallel.channels_last": "false"},
@@ -103,13 +117,6 @@ RUNGS = (
         why="torch.compile fuses the blocks' small operations",
     ),
     Rung(
-        name="+ 4 noise draws a caption",
-        settings={"objective.noise_draws": "4"},
-        stages=("prior",),
-        is_kept=False,
-        why="draws share the text's part of the forward pass; more work a sample, for less variance",
-    ),
-    Rung(
         name="+ cuDNN attention",
         settings={"parallel.attention": "cudnn"},
         stages=("decoder",),
@@ -124,13 +131,6 @@ RUNGS = (
         devices=("cuda",),
         is_kept=False,
         why="matrices are multiplied in 8 bits; another arithmetic than the baseline's",
-    ),
-    Rung(
-        name="+ bf16",
-        settings={"parallel.precision": "bf16"},
-        devices=("cpu",),
-        is_kept=False,
-        why="half the bytes; a gain only where the processor multiplies bf16 itself",
     ),
 )
 
