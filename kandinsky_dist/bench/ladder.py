@@ -150,11 +150,15 @@ def cases(
         common: settings of all of a stage's cases.
         device: "cpu" or "cuda".
         world_size: ranks of each case.
+
+    Raises:
+        ConfigError: the common settings cannot work.
     """
     found, left_out = [], list[str]()
     for stage in stages:
         shared: dict[str, Any] = {"stage": stage, "common": common[stage], "world_size": world_size}
         found.append(Case(name=BASELINE, way="incumbent", **shared))
+        found[-1].resolved()  # what is wrong with the common settings is no reason to leave rungs out
         below, kept = BASELINE, dict[str, str]()
         rungs = [rung for rung in RUNGS if stage in rung.stages and device in rung.devices]
         for number, rung in enumerate(rungs):
@@ -164,17 +168,21 @@ def cases(
             later = [other.brings for other in rungs[number + 1 :]]
             without = tuple(lever for lever in later if lever is not None and is_there(lever))
             settings = {**_off(rungs[number + 1 :]), **kept, **rung.settings}
-            found.append(
-                Case(
-                    name=rung.name,
-                    settings=settings,
-                    without=without,
-                    added_to=below,
-                    is_beside=not rung.is_kept,
-                    more={"why": rung.why},
-                    **shared,
-                )
+            case = Case(
+                name=rung.name,
+                settings=settings,
+                without=without,
+                added_to=below,
+                is_beside=not rung.is_kept,
+                more={"why": rung.why},
+                **shared,
             )
+            try:
+                case.resolved()
+            except ConfigError as error:  # a package that is missing, most likely
+                left_out.append(f"{stage}, {rung.name}: {error}")
+                continue
+            found.append(case)
             if rung.is_kept:
                 below, kept = rung.name, {**kept, **rung.settings}
     return found, left_out
