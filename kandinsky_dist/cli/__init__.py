@@ -12,6 +12,8 @@ from kandinsky_dist.cli.data import add_data
 from kandinsky_dist.cli.estimate import add_estimate
 from kandinsky_dist.cli.failures import FailedError, failures_said, give_up_output
 from kandinsky_dist.cli.networks import add_export, add_generate, add_models
+from kandinsky_dist.cli.precompute import add_precompute
+from kandinsky_dist.cli.status import add_status
 from kandinsky_dist.cli.train import add_check, add_train
 from kandinsky_dist.errors import ConfigError
 
@@ -48,8 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
     add_check(commands)
+    add_status(commands)
     add_data(commands)
     add_models(commands)
+    add_precompute(commands)
     add_export(commands)
     add_generate(commands)
     add_checkpoint(commands)

@@ -20,12 +20,15 @@ def add_train(commands: Any) -> None:
         from kandinsky_dist.faults.preempt import StopRequest
 
         with StopRequest().listening() as stop:
+            from kandinsky_dist.faults.watchdog import Watchdog
             from kandinsky_dist.runtime.process import joined
             from kandinsky_dist.train.trainer import Trainer
 
+            patience = Watchdog.collective_timeout(resolved.config.watchdog)
             # Said before the group is left: that may have to wait for ranks that wait for this one.
-            with joined() as process, failures_said():
-                Trainer(resolved, process, stop).run()
+            run_folder = resolve.run_dir(resolved.config)
+            with Watchdog() as dog, joined(patience, run_folder) as process, failures_said():
+                Trainer(resolved, process, stop, dog).run()
 
     add_configured(commands, "train", run, "Trains a stage; the same command again continues it.")
 
@@ -61,7 +64,7 @@ def settings_help() -> str:
 
 
 def add_configured(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-    """Adds a command that takes a stage and settings."""
+    """Adds a command that takes a stage, a configuration and settings."""
     parser = command(
         commands,
         name,
@@ -72,7 +75,7 @@ def add_configured(commands: Any, name: str, run: Any, summary: str) -> argparse
         allow_abbrev=False,
     )
     parser.set_defaults(takes_settings=True)
-    parser.add_argument("stage", choices=STAGES, help="which of the two networks is trained")
+    parser.add_argument("stage", choices=STAGES, help="which of the two networks")
     parser.add_argument(
         "--config", metavar="NAME_OR_FILE", help="recipe name or YAML file (default: defaults only)"
     )
@@ -80,6 +83,6 @@ def add_configured(commands: Any, name: str, run: Any, summary: str) -> argparse
 
 
 def resolved_of(arguments: argparse.Namespace) -> loader.Resolved:
-    """The configuration of such a command."""
+    """The configuration that a command was given."""
     layers = [launch_env.accelerate_layer(os.environ), loader.command_line_layer(arguments.settings)]
     return loader.load(arguments.stage, arguments.config, [layer for layer in layers if layer is not None])

@@ -65,7 +65,7 @@ class Networks:
         folder = Path(config.model.prior if is_prior else config.model.decoder).expanduser()
         encoders = ("text_encoder", "image_encoder") if is_prior else ("image_encoder", "movq")
         return cls(
-            replace(config, parallel=replace(config.parallel, attention="sdpa")),
+            replace(config, parallel=replace(config.parallel, attention="sdpa", compile=False)),
             (ModelSource if folder.is_dir() else _Published)(folder, component),
             {name: _encoder_config(config, name) for name in encoders},
         )
@@ -114,7 +114,7 @@ class Networks:
     def build_objective(self, dtype: torch.dtype) -> Objective:
         """The stage's loss with its encoders, in the type that they run in."""
         with _made_in(dtype):
-            made = {name: self.build_encoder(name) for name in self.encoders}
+            made: dict[str, Any] = {name: self.build_encoder(name) for name in self.encoders}
         pixels = Normalisation(_HALF, _HALF, dtype)
         seed, snr_gamma = self.config.run.seed, self.config.objective.snr_gamma
         width = self.encoders["image_encoder"]["projection_dim"]
@@ -127,6 +127,7 @@ class Networks:
                 normalisation=pixels,
                 seed=seed,
                 snr_gamma=snr_gamma,
+                noise_draws=self.config.objective.noise_draws,
             )
         from diffusers import DDPMScheduler
 

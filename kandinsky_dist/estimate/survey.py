@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kandinsky_dist.config.schema import Config
-from kandinsky_dist.errors import ConfigError
 from kandinsky_dist.estimate.networks import Networks
 from kandinsky_dist.estimate.trace import Trace, trace, transient_bytes
 from kandinsky_dist.models.architectures import MAX_TOKENS
@@ -94,14 +93,7 @@ class Survey:
         return self._objective.prepare(self.networks.batch(num_samples, self.num_text_tokens))
 
     def _losses(self, model: nn.Module, prepared: Prepared) -> Tensor:
-        try:
-            return self._objective.losses(model, prepared)
-        except RuntimeError as error:
-            if self.num_text_tokens == MAX_TOKENS:
-                raise
-            raise ConfigError(
-                f"--text-tokens {self.num_text_tokens}: the prior's forward takes {MAX_TOKENS} tokens only"
-            ) from error
+        return self._objective.losses(model, prepared)
 
     def trace(self, strategy: str, precision: str, *, is_recomputed: bool, num_samples: int) -> Trace:
         """Forward and backward of one micro-batch."""

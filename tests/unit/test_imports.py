@@ -22,7 +22,7 @@ LAYERS = (
     {"objectives", "faults"},
     {"parallel"},
     {"checkpoint"},
-    {"train", "precompute"},
+    {"train", "precompute", "status"},
     {"estimate"},
     {"bench"},
     {"cli"},
@@ -30,7 +30,14 @@ LAYERS = (
 )
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 
-TORCH_FREE = ("config/*.py", "data/plan.py", "data/manifest.py", "errors.py", "optional.py")
+TORCH_FREE = (
+    "config/*.py",
+    "data/plan.py",
+    "data/manifest.py",
+    "errors.py",
+    "optional.py",
+    "status/*.py",
+)
 BRINGS_TORCH = {
     "accelerate",
     "deepspeed",
