@@ -43,9 +43,9 @@ kandinsky-dist bench suite OUT
 kandinsky-dist bench render OUT        # this page, from OUT's records
 ```
 
-It is `bench train OUT --size small` and `bench scaling OUT --size tiny --stage prior`. On a machine with GPUs,
-`kandinsky-dist bench suite OUT --size full` measures the published shapes, with random weights, which time as
-trained ones do; under Slurm: `sbatch --gpus-per-node 8 --exclusive slurm/bench.sbatch OUT`.
+It is `bench train OUT --size small` and `bench scaling OUT --size tiny --stage prior`. On a machine with
+GPUs, `kandinsky-dist bench suite OUT --size full` measures the published shapes, with random weights, which
+time as trained ones do; under Slurm: `sbatch --gpus-per-node 8 --exclusive slurm/bench.sbatch OUT`.
 
 Any setting can be compared with any other, on networks and shards of your own:
 
