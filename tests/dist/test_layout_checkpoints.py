@@ -1,4 +1,4 @@
-"""Pictures in channels_last: every engine's checkpoint of the decoder still loads in every other, bit for bit."""
+"""With pictures in channels_last every engine's checkpoint still loads in every other, bit for bit."""
 
 import json
 
