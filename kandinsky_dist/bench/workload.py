@@ -27,6 +27,8 @@ def build(stage: Stage, size: Size) -> nn.Module:
     """The network's structure in fp32, as a training run builds it."""
     from diffusers import PriorTransformer, UNet2DConditionModel
 
+    from kandinsky_dist.models.prior import make_pad_free
+
     shapes = architecture(size)
     module: nn.Module = (
         PriorTransformer.from_config(shapes.prior)
@@ -34,6 +36,8 @@ def build(stage: Stage, size: Size) -> nn.Module:
         else UNet2DConditionModel.from_config(shapes.unet)
     )
     freeze_statistics(module)
+    if stage == "prior":
+        make_pad_free(module)
     return module.train()
 
 

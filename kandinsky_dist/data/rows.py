@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kandinsky_dist.data.aspects import view_size
-from kandinsky_dist.data.batch import BadSample, Batch
+from kandinsky_dist.data.batch import BadSample, Batch, text_length
 from kandinsky_dist.data.captions import Captions, dropped
 from kandinsky_dist.data.decode import Wanted, decode_views
 from kandinsky_dist.data.shard_index import IMAGE_EXTENSIONS
@@ -33,7 +33,7 @@ class Views:
     Attributes:
         clip_size: side of CLIP's view, pixels.
         resolution: side of the decoder's square view, pixels; other aspect buckets have its area.
-        tokenize: B captions -> ids (B, L) int64 and mask (B, L) bool.
+        tokenize: B captions -> padded ids (B, 77) int64 and mask (B, 77) bool, True on a row's beginning.
         captions: which caption is tokenized.
         caption_dropout: share of captions replaced by "".
         horizontal_flip: share of images that are mirrored.
@@ -56,6 +56,10 @@ class Views:
         has_images = self.clip_size is not None or self.resolution is not None
         captions = self.captions.extensions if self.captions else ()
         return frozenset((*(IMAGE_EXTENSIONS if has_images else ()), *captions))
+
+    def rows(self, positions_B: npt.NDArray[np.int64], aspect: int) -> "Rows":
+        """A batch to be put together."""
+        return Rows(self, positions_B, aspect)
 
 
 class Rows:
@@ -106,12 +110,15 @@ class Rows:
         self._keys[row] = sample.key
 
     def finish(self, bad_samples: Sequence[BadSample]) -> Batch:
-        """The batch, every row of which has been put; captions are tokenized together."""
+        """The batch, every row of which has been put; captions are tokenized together.
+
+        Padding that all rows share is cut off here, where lengths are known without asking a device.
+        """
         views = self._views
         token_ids_BL, token_mask_BL = None, None
         if views.tokenize is not None:
             captions = dropped(self._captions, self.positions_B, share=views.caption_dropout, seed=views.seed)
-            token_ids_BL, token_mask_BL = views.tokenize(captions)
+            token_ids_BL, token_mask_BL = _without_shared_padding(*views.tokenize(captions))
         return Batch(
             torch.from_numpy(self.positions_B),
             self._keys,
@@ -124,6 +131,12 @@ class Rows:
 
     def _draw(self, stream: Stream, position: int) -> float:
         return float(uniform(self._views.seed, stream, position))
+
+
+def _without_shared_padding(ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+    length = text_length(int(mask_BL.any(0).sum()), mask_BL.shape[1])
+    # Copies: a view would take the whole of what it was cut from along to another process or device.
+    return ids_BL[:, :length].clone(), mask_BL[:, :length].clone()
 
 
 def _image(sample: Sample, name: str) -> bytes:

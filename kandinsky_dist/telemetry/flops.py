@@ -1,47 +1,52 @@
-"""FLOPs of a forward pass, counted on tensors that hold no memory: a full-size model on any machine.
+"""FLOPs, counted on tensors that hold no memory: a full-size model on any machine.
 
 A multiplication and an addition are two FLOPs. Matrix products, convolutions and attention are counted;
 norms, activations and sums are not, which is what published figures mean by model FLOPs. Causal attention
-counts as full attention, for the same reason.
+counts as full attention, for the same reason, and what fused attention computes again in backward does not
+count.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 
-def _attention_flops(query_shape: Any, key_shape: Any, value_shape: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query_shape, key_shape, value_shape)
-
-
-# torch (seen in 2.13) has no formula for these and would count their attention as nothing. The other fused
-# kernels are in its own table, and the plain one is made of matrix products, which are counted one by one.
-_MISSING_FORMULAS = {
-    getattr(torch.ops.aten, name): _attention_flops
-    for name in (
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_fused_attention_overrideable",
-    )
-    if hasattr(torch.ops.aten, name)
-}
-
-
-def count_forward_flops(function: Callable[[], Any]) -> float:
-    """Counts the FLOPs of `function` without computing it.
+def count_flops(function: Callable[[], Any]) -> float:
+    """Counts the FLOPs of `function`, backward passes in it included, without computing it.
 
     Args:
-        function: runs a forward pass. Models and tensors that it makes hold no memory; those that it closes
-            over are used for their shapes only. It must not branch on the value of a tensor.
+        function: makes its own models and tensors, which get no memory, or uses some that have none
+            (`without_memory`). It must not branch on the value of a tensor.
 
     Returns:
         FLOPs of the whole call, so of every sample in its batch.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=_MISSING_FORMULAS)
-    # Compiled code would want real tensors, and counts nothing.
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, FakeTensorMode(allow_non_fake_inputs=True), counter, torch.no_grad():
+    with torch.device("meta"), flop_counter() as counter:
         function()
     return float(counter.get_total_flops())
+
+
+@contextmanager
+def flop_counter() -> Iterator[FlopCounterMode]:
+    """A context that counts what runs inside, under a fake mode that is already on too."""
+    counter = FlopCounterMode(display=False)
+    # Attention as matrix products, which are counted one by one: no kernel of it needs a formula.
+    # Compiled code would want real tensors, and counts nothing.
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
+        yield counter
+
+
+def without_memory(module: nn.Module) -> nn.Module:
+    """A copy of a module in which no tensor holds memory."""
+    replaced: dict[int, Any] = {
+        id(tensor): nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
+        for tensor in module.parameters()
+    }
+    replaced |= {id(tensor): tensor.to("meta") for tensor in module.buffers()}
+    return copy.deepcopy(module, replaced)

@@ -19,24 +19,18 @@ class Meter:
 
     Args:
         samples_per_step: samples of an optimizer step over all ranks, the global batch size.
-        flops_per_sample: FLOPs of a sample's forward and backward; None where unknown.
         device: device of this rank.
-        world_size: ranks that share the samples.
         clock: seconds that only rise.
     """
 
     def __init__(
         self,
         samples_per_step: int,
-        flops_per_sample: float | None,
         device: torch.device,
-        world_size: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._samples_per_step = samples_per_step
-        self._flops_per_sample = flops_per_sample
         self._device = device
-        self._world_size = world_size
         self._clock = clock
         self._peak_tflops = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self._paused_seconds = 0.0  # in all finished pauses
@@ -47,12 +41,19 @@ class Meter:
         self._warm_start = self._window_start  # where the counted steps of this window begin
         self._num_cold = 0  # steps of this window before `_warm_start`
         self._num_steps = 0  # steps of this window after it
+        self._flops = 0.0  # of `_num_steps`, or of `_num_cold` while there are no others
 
-    def tick(self) -> None:
-        """Counts one optimizer step. No host sync, but for the first step of the run."""
+    def tick(self, flops: float | None = None) -> None:
+        """Counts one optimizer step. No host sync, but for the first step of the run.
+
+        Args:
+            flops: what this rank has done in it; None where unknown.
+        """
         if self._is_warm:
+            self._flops = (flops or 0.0) + (self._flops if self._num_steps else 0.0)
             self._num_steps += 1
             return
+        self._flops = flops or 0.0
         # Without this the first step's work on the device would run on into the steps that are counted.
         self._synchronize()
         self._is_warm = True
@@ -86,7 +87,7 @@ class Meter:
 
         Returns:
             samples_per_second (all ranks), step_seconds, data_wait_fraction (0 to 1; the first step counts),
-            tflops_per_second (one rank; absent where the FLOPs are unknown), mfu (0 to 1, of the published
+            tflops_per_second (this rank's; absent where the FLOPs are unknown), mfu (0 to 1, of the published
             dense bf16 peak whatever the run's precision; absent where the device is unknown), peak_memory_gib
             (device memory allocated since the start; on a CPU the process's peak resident memory). Without a
             step since the last report only peak_memory_gib.
@@ -100,18 +101,18 @@ class Meter:
         else:
             num_steps, seconds = self._num_cold, now - self._window_start
         if num_steps > 0 and seconds > 0:
-            samples_per_second = num_steps * self._samples_per_step / seconds
-            figures["samples_per_second"] = samples_per_second
+            figures["samples_per_second"] = num_steps * self._samples_per_step / seconds
             figures["step_seconds"] = seconds / num_steps
             figures["data_wait_fraction"] = min(1.0, data_wait_seconds / (now - self._window_start))
-            if self._flops_per_sample is not None:
-                tflops = samples_per_second * self._flops_per_sample / self._world_size / 1e12
+            if self._flops > 0:
+                tflops = self._flops / seconds / 1e12
                 figures["tflops_per_second"] = tflops
                 if self._peak_tflops is not None:
                     figures["mfu"] = tflops / self._peak_tflops
-        figures["peak_memory_gib"] = _peak_memory_bytes(self._device) / 2**30
+        figures["peak_memory_gib"] = peak_memory_bytes(self._device) / 2**30
         self._window_start = self._warm_start = now
         self._num_cold = self._num_steps = 0
+        self._flops = 0.0
         return figures
 
     def _training_seconds(self) -> float:
@@ -122,7 +123,8 @@ class Meter:
             torch.cuda.synchronize(self._device)
 
 
-def _peak_memory_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most that this process held since its start: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,18 +1,25 @@
 """The data of one step after another, agreed on by all ranks: all have theirs, or all stop."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
+from kandinsky_dist.checkpoint.layout import RunState
+from kandinsky_dist.config.schema import DataConfig
 from kandinsky_dist.data.batch import BadSample, Batch
 from kandinsky_dist.errors import DataError
 from kandinsky_dist.faults.preempt import StopRequest
 from kandinsky_dist.objectives.base import Prepared
 from kandinsky_dist.runtime import agree
+from kandinsky_dist.runtime.process import cpu_group
+
+MIN_JUDGED_SAMPLES = 1000
+"""A share of damaged samples says little of a corpus before so many have been seen."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,22 @@ class StepData:
     bad_samples: list[BadSample]
     failure: DataError | None
     is_stopped: bool
+
+
+def too_many_bad_samples(
+    found: Sequence[BadSample], state: RunState, config: DataConfig, run_dir: Path
+) -> DataError | None:
+    """Judges how many samples were damaged so far, those found for the step after `state` included."""
+    num_bad = state.num_bad_samples + len(found)
+    num_samples = state.samples_consumed + config.global_batch_size
+    share = config.max_bad_fraction
+    if num_bad <= share * max(num_samples, MIN_JUDGED_SAMPLES):
+        return None
+    return DataError(
+        f"{num_bad} of {num_samples} samples so far are damaged, more than data.max_bad_fraction={share} "
+        f"allows, last {found[-1].reason}; they are in {run_dir / 'bad_samples.jsonl'}: mend the corpus or "
+        "raise the share"
+    )
 
 
 class Feed:
@@ -60,7 +83,7 @@ class Feed:
         self._steps = steps
         self._prepare = prepare
         self._stop = stop
-        self._group = dist.new_group(backend="gloo")
+        self._group = cpu_group()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))  # which has made the encoders

@@ -123,7 +123,7 @@ def read_by_the_host(stage: str, settings: dict[str, Any], num_steps: int, out: 
                 loss, outcome = train(microbatches, learning_rate=trainer.learning_rate())
                 trainer.state.advance(trainer.config.data.global_batch_size)
                 trainer.losses.add(loss, outcome)
-                trainer.meter.tick()
+                trainer.meter.tick(trainer.cost(microbatches) if trainer.cost else None)
         if is_cuda:
             torch.cuda.set_sync_debug_mode("default")
         steps.close()

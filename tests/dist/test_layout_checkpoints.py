@@ -1,4 +1,4 @@
-"""With pictures in channels_last every engine's checkpoint still loads in every other, bit for bit."""
+"""Pictures in channels_last: every engine's checkpoint of the decoder loads in every other, bit for bit."""
 
 import json
 

@@ -21,6 +21,7 @@ IS_CAMPAIGN = "KANDINSKY_DIST_CAMPAIGN" in os.environ
 """Four ranks on the two cores of a small machine take their time; HSDP has four in any case."""
 STRATEGIES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 HYBRID = ("parallel.shard_size=2",)
+DRAWS = ("objective.noise_draws=3", "parallel.gradient_checkpointing=true")
 
 
 @pytest.fixture(scope="module", params=["prior", "decoder"])
@@ -70,6 +71,33 @@ def test_copies_of_shards_are_one_process_too(one_process, tiny_models, small_co
     assert done.returncode == 0, done.stderr
     assert max(abs(a - b) for a, b in zip(losses(tmp_path), losses(reference), strict=True)) <= 1e-5
     assert keys(tmp_path) == keys(reference)
+
+
+@pytest.fixture(scope="module")
+def one_process_of_draws(tiny_models, small_corpus, tmp_path_factory):
+    """A single process with several noise draws a caption."""
+    run_dir = tmp_path_factory.mktemp("draws")
+    done = forked.train("prior", *SETTINGS, *DRAWS, models=tiny_models, corpus=small_corpus, run_dir=run_dir)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero3"])
+def test_several_noise_draws_are_one_process_too(
+    strategy, one_process_of_draws, tiny_models, small_corpus, tmp_path
+):
+    done = forked.train(
+        "prior",
+        *SETTINGS,
+        *DRAWS,
+        models=tiny_models,
+        corpus=small_corpus,
+        run_dir=tmp_path,
+        world_size=2,
+        strategy=strategy,
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path) == pytest.approx(losses(one_process_of_draws), abs=1e-5)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -1,6 +1,7 @@
 """The parts of a run inside the test's own process, and a model that remembers what it was given."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from helpers.command import train_arguments
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kandinsky_dist.config.loader import command_line_layer, load
 from kandinsky_dist.config.schema import Config
@@ -44,6 +46,18 @@ def batch_at(loader: Loader, positions: Sequence[int]) -> Batch:
     """The samples at some positions of a loader's stream."""
     (batch,) = loader.source.batches([positions], 0)
     return batch
+
+
+def padded(batch: Batch, length: int) -> Batch:
+    """The same with its texts at a length."""
+    assert batch.token_ids_BL is not None
+    assert batch.token_mask_BL is not None
+    missing = (0, length - batch.num_text_tokens)
+    return replace(
+        batch,
+        token_ids_BL=functional.pad(batch.token_ids_BL, missing, value=49407),
+        token_mask_BL=functional.pad(batch.token_mask_BL, missing, value=False),
+    )
 
 
 class Recorder(nn.Module):

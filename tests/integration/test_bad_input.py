@@ -194,7 +194,7 @@ def test_a_launcher_that_contradicts_itself(refused, monkeypatch, variables, exp
 )
 def test_a_package_that_is_not_installed(refused, monkeypatch, setting, package, extra):
     monkeypatch.setitem(sys.modules, package, None)  # as the import system sees a package that is not there
-    line = refused("train", "prior", "--data.shards=x", f"--{setting}")
+    line = refused("train", "decoder", "--data.shards=x", f"--{setting}")
     assert line == f"{setting} needs the package {package}: pip install 'kandinsky-dist[{extra}]'"
 
 
@@ -204,7 +204,7 @@ def test_attention_kernels_that_need_a_gpu(refused, monkeypatch, tiny_models, sm
     stand_in.__spec__ = ModuleSpec("xformers", None)
     monkeypatch.setitem(sys.modules, "xformers", stand_in)
     places = {"models": tiny_models, "corpus": small_corpus, "run_dir": tmp_path / "run"}
-    line = refused(*train_arguments("prior", "parallel.attention=xformers", strategy="ddp", **places))
+    line = refused(*train_arguments("decoder", "parallel.attention=xformers", strategy="ddp", **places))
     assert line == "parallel.attention=xformers needs a CUDA GPU and none is here; use sdpa"
 
 

@@ -326,7 +326,7 @@ def test_b11_old_checkpoint_outlives_a_failed_save(tiny_models, small_corpus, tm
     """
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    (checkpoints / "step_00000003.tmp").write_text("in the way")
+    (checkpoints / "step_00000003.1.tmp").write_text("in the way")
     done = train(
         "prior",
         *("run.max_steps=3", "checkpoint.every_steps=1", "checkpoint.keep=2"),
@@ -349,7 +349,11 @@ def test_b13_dropped_captions_are_the_pipelines_negative_prompt(tiny_models, sma
         states = pipeline._encode_prompt("anything", "cpu", 1, True, negative_prompt=None)
         negative = [tensor[0] for tensor in states]
     batch = batch_at(loader_of(config), range(480))
-    empty_L = pipeline.tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
+    length = batch.num_text_tokens
+    negative = [
+        tensor[:length] if tensor.dim() > 1 or tensor.dtype == torch.bool else tensor for tensor in negative
+    ]
+    empty_L = pipeline.tokenizer("", padding="max_length", return_tensors="pt").input_ids[0, :length]
     is_dropped_B = (batch.token_ids_BL == empty_L).all(1)
     assert is_dropped_B.sum() == pytest.approx(96, abs=4 * (480 * 0.2 * 0.8) ** 0.5)
     assert 0 < is_dropped_B[:96].sum() < 96, "a sample is not dropped for ever: it is by position"

@@ -205,6 +205,7 @@ class Deadly:
     """A source whose worker is killed at a certain batch, each time it comes there."""
 
     num_samples = None
+    in_process = False
 
     def __init__(self, dataset, deadly):
         self.dataset = dataset

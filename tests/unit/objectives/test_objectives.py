@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.objective import Recorder, batch_at, configuration, loader_of, objective_of
+from helpers.objective import Recorder, batch_at, configuration, loader_of, objective_of, padded
 
 from kandinsky_dist.objectives.base import NUM_HELD_OUT_DRAWS, Draw, Prepared, roll_conditions
+from kandinsky_dist.train import build
 
 
 @pytest.fixture(scope="module", params=["prior", "decoder"])
@@ -53,10 +54,9 @@ def test_validation_has_neither_weights_nor_dropout(stage, objective, batch):
     prepared = objective.prepare(batch)
     recorder = Recorder()
     figures = objective.evaluate(recorder, prepared)
-    assert len(recorder.calls) == 2 * NUM_HELD_OUT_DRAWS
-    for right, wrong in zip(
-        recorder.calls[:NUM_HELD_OUT_DRAWS], recorder.calls[NUM_HELD_OUT_DRAWS:], strict=True
-    ):
+    half = 1 if stage == "prior" else NUM_HELD_OUT_DRAWS  # the prior's draws share a forward pass
+    assert len(recorder.calls) == 2 * half
+    for right, wrong in zip(recorder.calls[:half], recorder.calls[half:], strict=True):
         assert torch.equal(right.noised, wrong.noised)
         assert torch.equal(right.timesteps_B, wrong.timesteps_B)
     key = "proj_embedding" if stage == "prior" else "image_embeds"
@@ -85,3 +85,40 @@ def test_rolled_conditions_leave_the_samples_alone():
     assert torch.equal(rolled.positions_B, prepared.positions_B)
     assert rolled.conditions["a"].tolist() == [2, 0, 1]
     assert rolled.conditions["b"].tolist() == [[4, 5], [0, 1], [2, 3]]
+
+
+def test_several_noise_draws_are_the_mean_of_as_many_losses(tiny_models, small_corpus):
+    """The reference is diffusers' own forward on padded text, a draw at a time."""
+    places = {"models": tiny_models, "corpus": small_corpus}
+    config = configuration("prior", "objective.snr_gamma=5", "objective.noise_draws=3", **places)
+    objective, folders = objective_of(config), build.Folders.of(config)
+    batch = batch_at(loader_of(config), [3, 40, 5, 77])
+    ours = build.model_plan(config, folders.source).build()
+    ours.load_state_dict(folders.source.state_dict())
+    losses_B = objective.losses(ours, objective.prepare(batch))
+    losses_B.mean().backward()
+    theirs = folders.source.build()
+    theirs.load_state_dict(folders.source.state_dict())
+    single, whole = replace(objective, noise_draws=1), objective.prepare(padded(batch, 77))
+    draws = [Draw(number, 3) for number in range(3)]
+    expected_B = torch.stack([single.losses(theirs, whole, draw=draw) for draw in draws]).mean(0)
+    expected_B.mean().backward()
+    assert batch.num_text_tokens < whole.conditions["attention_mask"].shape[1] == 77
+    torch.testing.assert_close(losses_B, expected_B)
+    for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_what_is_prepared_of_a_cut_text_is_the_beginning_of_the_whole(tiny_models, small_corpus):
+    """The text encoder is causal, and pools at each caption's first end token."""
+    config = configuration("prior", models=tiny_models, corpus=small_corpus)
+    objective, batch = objective_of(config), batch_at(loader_of(config), range(8))
+    cut, whole = objective.prepare(batch).conditions, objective.prepare(padded(batch, 77)).conditions
+    length = batch.num_text_tokens
+    assert length % 8 == 0
+    assert length - 8 < int(batch.token_mask_BL.sum(1).max()) <= length < 77
+    assert torch.equal(whole["attention_mask"][:, :length], cut["attention_mask"])
+    assert not whole["attention_mask"][:, length:].any()
+    torch.testing.assert_close(cut["proj_embedding"], whole["proj_embedding"])
+    torch.testing.assert_close(cut["encoder_hidden_states"], whole["encoder_hidden_states"][:, :length])

@@ -25,7 +25,7 @@ class Clock:
 
 def test_rate_times_seconds_is_samples_over_a_run_with_pauses():
     clock, draw = Clock(), random.Random(0)
-    meter = Meter(48, None, CPU, 4, clock)
+    meter = Meter(48, CPU, clock)
     with meter.pause():  # restore
         clock.now += 77.0
     clock.step(meter, 60.0)  # compilation
@@ -51,7 +51,7 @@ def test_rate_times_seconds_is_samples_over_a_run_with_pauses():
 
 def test_first_step_is_left_out_of_the_rates():
     clock = Clock()
-    meter = Meter(8, None, CPU, 1, clock)
+    meter = Meter(8, CPU, clock)
     clock.step(meter, 500.0)
     for _ in range(4):
         clock.step(meter, 0.5)
@@ -62,7 +62,7 @@ def test_first_step_is_left_out_of_the_rates():
 
 def test_report_after_the_first_step_alone_gives_that_step():
     clock = Clock()
-    meter = Meter(8, None, CPU, 1, clock)
+    meter = Meter(8, CPU, clock)
     clock.step(meter, 4.0)
     assert meter.report(0.0)["step_seconds"] == pytest.approx(4.0)
     clock.step(meter, 0.5)
@@ -70,13 +70,13 @@ def test_report_after_the_first_step_alone_gives_that_step():
 
 
 def test_report_without_a_step_gives_no_rate():
-    meter = Meter(8, 1e9, CPU, 1, Clock())
+    meter = Meter(8, CPU, Clock())
     assert set(meter.report(0.0)) == {"peak_memory_gib"}
 
 
 def test_nested_pause_counts_once_and_ends_on_an_error():
     clock = Clock()
-    meter = Meter(8, None, CPU, 1, clock)
+    meter = Meter(8, CPU, clock)
     clock.step(meter, 1.0)
 
     def validate_and_fail() -> None:
@@ -94,7 +94,7 @@ def test_nested_pause_counts_once_and_ends_on_an_error():
 
 def test_data_wait_is_a_share_of_the_whole_window():
     clock = Clock()
-    meter = Meter(8, None, CPU, 1, clock)
+    meter = Meter(8, CPU, clock)
     clock.step(meter, 6.0)  # of which 5 s waited for the first batch
     for _ in range(4):
         clock.step(meter, 1.0)
@@ -103,23 +103,41 @@ def test_data_wait_is_a_share_of_the_whole_window():
     assert meter.report(7.0)["data_wait_fraction"] == 1.0
 
 
-def test_flops_are_those_of_one_rank_and_absent_where_unknown():
+def test_flops_are_those_of_the_steps_in_the_rates_and_absent_where_unknown():
     clock = Clock()
-    known, unknown = Meter(64, 2.5e12, CPU, 4, clock), Meter(64, None, CPU, 4, clock)
-    for _ in range(2):
-        clock.now += 2.0
-        known.tick()
-        unknown.tick()
-    figures = known.report(0.0)
-    assert figures["tflops_per_second"] == pytest.approx(64 / 2.0 * 2.5 / 4)
+    known, unknown = Meter(64, CPU, clock), Meter(64, CPU, clock)
+
+    def steps(*flops: float) -> dict[str, float]:
+        for value in flops:
+            clock.now += 2.0
+            known.tick(value)
+            unknown.tick()
+        assert "tflops_per_second" not in unknown.report(0.0)
+        return known.report(0.0)
+
+    assert steps(8e12)["tflops_per_second"] == pytest.approx(4.0), (
+        "the first step, of which alone there is news"
+    )
+    figures = steps(1e12, 3e12)
+    assert figures["tflops_per_second"] == pytest.approx(1.0)
     assert "mfu" not in figures, "a CPU has no published peak"
-    assert "tflops_per_second" not in unknown.report(0.0)
+    assert steps(6e12)["tflops_per_second"] == pytest.approx(3.0)
+    assert "tflops_per_second" not in known.report(0.0)
+
+
+def test_flops_of_the_first_step_are_left_out_with_its_time():
+    clock = Clock()
+    meter = Meter(64, CPU, clock)
+    for seconds, flops in ((100.0, 50e12), (2.0, 3e12), (2.0, 5e12)):
+        clock.now += seconds
+        meter.tick(flops)
+    assert meter.report(0.0)["tflops_per_second"] == pytest.approx(2.0)
 
 
 def test_peak_memory_of_a_cpu_run_is_that_of_the_process():
-    before = Meter(1, None, CPU, 1).report(0.0)["peak_memory_gib"]
+    before = Meter(1, CPU).report(0.0)["peak_memory_gib"]
     block = torch.ones(64 * 2**20 // 4)  # 64 MiB, touched
-    after = Meter(1, None, CPU, 1).report(0.0)["peak_memory_gib"]
+    after = Meter(1, CPU).report(0.0)["peak_memory_gib"]
     assert 0.01 < before <= after < 1024, (before, after)
     assert block.sum() > 0
 
@@ -154,10 +172,11 @@ def test_every_peak_names_its_source():
 def test_gpu_run_reports_device_memory_and_mfu_where_the_device_is_known():
     device = torch.device("cuda", 0)
     clock = Clock()
-    meter = Meter(2, 1e12, device, 1, clock)
+    meter = Meter(2, device, clock)
     block = torch.ones(2**28, device=device)  # 1 GiB
     for _ in range(2):
-        clock.step(meter, 1.0)
+        clock.now += 1.0
+        meter.tick(2e12)
     figures = meter.report(0.0)
     assert figures["peak_memory_gib"] >= block.numel() * 4 / 2**30
     peak = peak_tflops(torch.cuda.get_device_name(device))

@@ -1,0 +1,187 @@
+"""The prior's forward over the tokens that can reach its output: diffusers' modules and weights, no padding.
+
+diffusers runs 77 text tokens of every caption and reads the last token of the last layer. Padded keys have
+weight 0 and attention is causal, so that outputs and gradients stay what they are (to rounding) if
+
+- text is as long as the batch's longest caption, with the positions that its tokens have among 77;
+- a shorter caption is followed at once by its other tokens, and its padding comes last: then causality alone
+  hides the padding, and attention needs no mask;
+- several noise draws of a caption follow one text, each blind to the others;
+- the last layer asks for the tokens that are read, not for all.
+
+Letters of shapes: B samples, L text tokens of the longest caption, K noise draws, S = L + 1 + 3 K tokens of a
+sequence, D width, E width of embeddings, H heads, C channels of a head.
+A sequence: text, pooled text, K x time, K x noised embedding, K x read-out, padding.
+"""
+
+import torch
+from diffusers import PriorTransformer
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.prior_transformer import PriorTransformerOutput
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kandinsky_dist.errors import ConfigError
+
+_LAYOUT = {"added_emb_type": "prd", "encoder_hid_proj_type": "linear", "additional_embeddings": 4}
+
+
+def make_pad_free(module: nn.Module) -> None:
+    """Gives a `PriorTransformer` this forward. Modules, parameters and their names stay as they are.
+
+    Before gradient checkpointing is switched on, which wraps the layers' forward.
+
+    Raises:
+        ConfigError: its sequence is another one than Kandinsky 2.2's.
+    """
+    assert isinstance(module, PriorTransformer)
+    for name, needed in _LAYOUT.items():
+        if module.config[name] != needed:
+            raise ConfigError(
+                f"model.prior has {name}={module.config[name]} in prior/config.json; a Kandinsky 2.2 "
+                f"prior has {needed}, and no other can be trained"
+            )
+    module.__class__ = PadFreePrior
+    for block in module.transformer_blocks:
+        block.__class__ = PadFreeBlock
+
+
+class PadFreePrior(PriorTransformer):
+    """A `PriorTransformer` that takes texts of any length, and several noise draws of each."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        proj_embedding: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+    ) -> PriorTransformerOutput:
+        """Predicts image embeddings. No host sync.
+
+        Args:
+            hidden_states: noised embeddings (B, E), or (B, K, E) for K draws of each sample.
+            timestep: (B,) or (B, K).
+            proj_embedding: pooled text (B, E).
+            encoder_hidden_states: text states (B, L, E), L up to 77.
+            attention_mask: bool (B, L), True on the text: at the beginning of each row, at least one.
+
+        Returns:
+            The prediction, of the shape of `hidden_states`.
+        """
+        num_draws = 1 if hidden_states.dim() == 2 else hidden_states.shape[1]
+        length = encoder_hidden_states.shape[1]
+        text_BLD = self.encoder_hidden_states_proj(encoder_hidden_states)
+        if self.embedding_proj_norm is not None:
+            proj_embedding = self.embedding_proj_norm(proj_embedding)
+        pooled_BD = self.embedding_proj(proj_embedding)
+        times_ND = self.time_embedding(self.time_proj(timestep.flatten()).to(self.dtype))
+        noised_BKD = self.proj_in(hidden_states).view(len(hidden_states), num_draws, -1)
+        places = self.positional_embedding.to(text_BLD.dtype)
+        pooled_place, time_place, noised_place, readout_place = places[:, -4:].split(1, dim=1)
+        readout = self.prd_embedding.to(text_BLD.dtype) + readout_place
+        behind_BTD = torch.cat(
+            [
+                pooled_BD[:, None] + pooled_place,
+                times_ND.view_as(noised_BKD) + time_place,
+                noised_BKD + noised_place,
+                readout.expand_as(noised_BKD),
+            ],
+            dim=1,
+        )
+        layout = _Layout(attention_mask, num_draws)
+        hidden_BSD = functional.pad(text_BLD + places[:, :length], (0, 0, 0, behind_BTD.shape[1])).scatter(
+            1, _rows(layout.behind_BT, behind_BTD.shape[2]), behind_BTD
+        )
+        if self.norm_in is not None:
+            hidden_BSD = self.norm_in(hidden_BSD)
+        *blocks, last = self.transformer_blocks
+        visible_BSS = layout.visible()
+        for block in blocks:
+            hidden_BSD = block(hidden_BSD, visible_BSS)
+        read_BKD = last(hidden_BSD, layout.visible_to_read(), layout.read_BK)
+        predicted_BKE = self.proj_to_clip_embeddings(self.norm_out(read_BKD))
+        return PriorTransformerOutput(predicted_image_embedding=predicted_BKE.view_as(hidden_states))
+
+
+class _Layout:
+    """Where a sequence's tokens are, and which of them see which.
+
+    Attributes:
+        behind_BT: rows of the tokens behind the text, T = 1 + 3 K.
+        read_BK: rows of those that are read.
+    """
+
+    def __init__(self, mask_BL: Tensor, num_draws: int) -> None:
+        num_behind = 1 + 3 * num_draws
+        self._num_draws = num_draws
+        self._rows_S = torch.arange(mask_BL.shape[1] + num_behind, device=mask_BL.device)
+        self._pooled_B1 = mask_BL.sum(1, keepdim=True)
+        self.behind_BT = self._pooled_B1 + self._rows_S[:num_behind]
+        self.read_BK = self.behind_BT[:, -num_draws:]
+
+    def visible(self) -> Tensor | None:
+        """bool (B, S, S), query by key; None where causality is all there is to it."""
+        if self._num_draws == 1:
+            return None
+        return self._visible_to(self._rows_S[None])
+
+    def visible_to_read(self) -> Tensor:
+        """bool (B, K, S) of the read tokens' queries."""
+        return self._visible_to(self.read_BK)
+
+    def _visible_to(self, queries_BQ: Tensor) -> Tensor:
+        """What is at or before a query, unless both belong to draws and these are not the same."""
+        steps_BQS = queries_BQ[..., None] - self._rows_S
+        visible_BQS = steps_BQS >= 0
+        if self._num_draws == 1:
+            return visible_BQS
+        is_shared_BQS = (queries_BQ <= self._pooled_B1)[..., None] | (self._rows_S <= self._pooled_B1)[
+            :, None
+        ]
+        return visible_BQS & (is_shared_BQS | (steps_BQS % self._num_draws == 0))
+
+
+class PadFreeBlock(BasicTransformerBlock):
+    """A layer of the prior."""
+
+    def forward(
+        self, hidden_BSD: Tensor, visible_BQS: Tensor | None = None, rows_BQ: Tensor | None = None
+    ) -> Tensor:
+        """What diffusers' layer computes, for all tokens or for some.
+
+        Args:
+            hidden_BSD: tokens.
+            visible_BQS: which keys each query sees; None: itself and those before it.
+            rows_BQ: the tokens whose output is wanted; None: all.
+
+        Returns:
+            (B, Q, D).
+        """
+        attention = self.attn1
+        normed_BSD = normed_BQD = self.norm1(hidden_BSD)
+        if rows_BQ is not None:
+            index_BQD = _rows(rows_BQ, hidden_BSD.shape[2])
+            hidden_BSD, normed_BQD = hidden_BSD.gather(1, index_BQD), normed_BSD.gather(1, index_BQD)
+        # Three products: one over joined weights would copy them in every forward, which costs about as much
+        # as it saves, and would go past the hooks of engines that gather a weight when its layer is called.
+        query_BHQC, key_BHSC, value_BHSC = (
+            tensor.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for tensor in (attention.to_q(normed_BQD), attention.to_k(normed_BSD), attention.to_v(normed_BSD))
+        )
+        attended_BHQC = functional.scaled_dot_product_attention(
+            query_BHQC,
+            key_BHSC,
+            value_BHSC,
+            attn_mask=None if visible_BQS is None else visible_BQS[:, None],
+            is_causal=visible_BQS is None,
+        )
+        project, dropout = attention.to_out
+        hidden_BQD = dropout(project(attended_BHQC.transpose(1, 2).flatten(2))) + hidden_BSD
+        output_BQD: Tensor = self.ff(self.norm3(hidden_BQD)) + hidden_BQD
+        return output_BQD
+
+
+def _rows(rows_BQ: Tensor, width: int) -> Tensor:
+    """Rows as an index for `gather` and `scatter` along the second of three dimensions."""
+    return rows_BQ[..., None].expand(-1, -1, width)
