@@ -4,7 +4,6 @@ To add a lever, add a rung. Its settings go on top of those of the kept rungs be
 switch or package is not there is left out, and the page says so.
 """
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +29,6 @@ class Rung:
         is_kept: whether the rungs above stand on it; else it is tried once, beside the ladder.
         stages: that it applies to.
         devices: where it is worth a try.
-        needs: a package that training does without otherwise.
         why: what it does, for the page; no figures.
     """
 
@@ -41,16 +39,13 @@ class Rung:
     is_kept: bool = True
     stages: tuple[Stage, ...] = STAGES
     devices: tuple[str, ...] = ("cpu", "cuda")
-    needs: str | None = None
     why: str
 
     def missing(self) -> list[str]:
-        """Settings and levers that this version does not have, and a package that is not installed."""
+        """Settings and levers that this version does not have."""
         found = [f"{key}={value}" for key, value in self.settings.items() if not _is_known(key, value)]
         if self.brings is not None and not is_there(self.brings):
             found.append(self.brings)
-        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
-            found.append(f"package {self.needs}")
         return found
 
 
@@ -132,7 +127,6 @@ RUNGS = (
     Rung(
         name="+ float8",
         settings={"parallel.float8": "true"},
-        needs="torchao",
         stages=("prior",),
         devices=("cuda",),
         is_kept=False,

@@ -100,8 +100,8 @@ def test_norms_are_in_fp32_under_autocast_as_on_a_gpu():
     values_ND = torch.randn(1000, 64)
     counted = trace(model := Normed(), lambda model: model(values_ND).float().sum(), autocast=torch.bfloat16)
     size = values_ND.numel()
-    # The input in bf16, the norm's input in fp32 with two figures a row, its output in bf16; of the weights in
-    # bf16 the second alone: the input of the first needs no gradient.
+    # The input in bf16, the norm's input in fp32 with two figures a row, its output in bf16; of the weights
+    # in bf16 the second alone: the input of the first needs no gradient.
     expected = 2 * size + 4 * size + 2 * 4 * 1000 + 2 * size + 2 * 64 * 64
     assert counted.kept == pytest.approx(expected, rel=0.01), model
 
