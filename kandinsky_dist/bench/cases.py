@@ -9,6 +9,7 @@ from kandinsky_dist.bench import (
     data_report,
     data_resume,
     draws_report,
+    forecast_report,
     memory_report,
     optimizer,
     performance,
@@ -28,6 +29,7 @@ REPORTS: dict[str, Callable[[Record], str]] = {
     "scaling": scaling_report.to_markdown,
     "optimizer": optimizer.to_markdown,
     "draws": draws_report.to_markdown,
+    "estimate": forecast_report.to_markdown,
 }
 
 

@@ -1,7 +1,7 @@
 """The ladder: from the incumbent's way to this trainer, one lever a rung.
 
-To add a lever, add a rung. Its settings go on top of those of the kept rungs below it. A rung whose setting
-or switch this version lacks is left out, and the page says so.
+To add a lever, add a rung. Its settings go on top of those of the kept rungs below it. A rung whose setting,
+switch or package is not there is left out, and the page says so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -163,7 +163,7 @@ def cases(
         rungs = [rung for rung in RUNGS if stage in rung.stages and device in rung.devices]
         for number, rung in enumerate(rungs):
             if missing := rung.missing():
-                left_out.append(f"{stage}, {rung.name}: this version has no {', '.join(missing)}")
+                left_out.append(f"{stage}, {rung.name}: there is no {', '.join(missing)}")
                 continue
             later = [other.brings for other in rungs[number + 1 :]]
             without = tuple(lever for lever in later if lever is not None and is_there(lever))

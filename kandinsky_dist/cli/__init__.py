@@ -9,6 +9,7 @@ from kandinsky_dist import __version__
 from kandinsky_dist.cli.bench import add_bench
 from kandinsky_dist.cli.checkpoints import add_checkpoint
 from kandinsky_dist.cli.data import add_data
+from kandinsky_dist.cli.estimate import add_estimate
 from kandinsky_dist.cli.failures import FailedError, failures_said, give_up_output
 from kandinsky_dist.cli.networks import add_export, add_generate, add_models
 from kandinsky_dist.cli.precompute import add_precompute
@@ -57,4 +58,5 @@ def _parser() -> argparse.ArgumentParser:
     add_generate(commands)
     add_checkpoint(commands)
     add_bench(commands)
+    add_estimate(commands)
     return parser

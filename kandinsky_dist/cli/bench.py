@@ -65,6 +65,19 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--max-mib", type=int, help="largest message, MiB: 256 on GPUs, 16 on CPUs")
     parser.add_argument("--repeats", type=int, default=7, help="their median counts")
 
+    def estimate(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.bench.forecast import publish
+
+        publish(arguments.out)
+
+    parser = command(
+        commands,
+        "estimate",
+        estimate,
+        "Predictions of both full recipes on 64, 256 and 1,024 GPUs, beside published runs; no measurement.",
+    )
+    parser.add_argument("out", type=Path, help="folder for estimate.json, estimate.md and estimate.png")
+
     def data(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.data import run
 

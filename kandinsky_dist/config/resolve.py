@@ -73,18 +73,20 @@ def check_precompute(config: Config) -> None:
         raise ConfigError(problem)
 
 
-def problems(resolved: Resolved, *, world_size: int) -> Iterator[str]:
-    """Every broken rule, one line each."""
+def problems(resolved: Resolved, *, world_size: int, is_elsewhere: bool = False) -> Iterator[str]:
+    """Every broken rule, one line each; of a run elsewhere not those about its corpus and packages."""
     config = resolved.config
     yield from _ranges(config)
     yield from _stage_keys(resolved)
     yield from _batch_arithmetic(config, world_size)
-    yield from _corpus(config.data)
+    if not is_elsewhere:
+        yield from _corpus(config.data)
     yield from _combinations(resolved)
     yield from engine_problems(resolved, world_size)
     yield from _watchdog(config)
     yield from _profiling(resolved, world_size)
-    yield from _packages(config)
+    if not is_elsewhere:
+        yield from _packages(config)
 
 
 def num_micro(config: Config, *, world_size: int) -> int:

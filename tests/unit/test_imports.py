@@ -23,7 +23,8 @@ LAYERS = (
     {"parallel"},
     {"checkpoint"},
     {"train", "precompute", "status"},
-    {"bench", "estimate"},
+    {"estimate"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 )

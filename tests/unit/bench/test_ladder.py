@@ -71,8 +71,8 @@ def test_a_rung_of_a_setting_that_does_not_exist_is_left_out_and_said_so(rungs):
     cases, left_out = prior_cases()
     assert [case.name for case in cases] == [BASELINE, "c"]
     assert left_out == [
-        "prior, a: this version has no parallel.warp_drive=true",
-        "prior, b: this version has no data.source=telepathy",
+        "prior, a: there is no parallel.warp_drive=true",
+        "prior, b: there is no data.source=telepathy",
     ]
 
 
@@ -93,7 +93,7 @@ def test_a_lever_with_a_part_missing_is_no_rung(rungs, monkeypatch):
     rungs(Rung(name="b", brings="steps", why=""))
     cases, left_out = prior_cases()
     assert [case.name for case in cases] == [BASELINE]
-    assert left_out == ["prior, b: this version has no steps"]
+    assert left_out == ["prior, b: there is no steps"]
 
 
 def test_a_lever_is_turned_off_by_what_stands_in_for_it(monkeypatch):

@@ -132,7 +132,7 @@ def test_efficiency_knows_whether_ranks_have_devices_of_their_own(shares_cores, 
 
 
 def test_the_page_about_performance_renders_a_folder(tmp_path):
-    make_record(INCUMBENT, LIVE, SLOWER, CACHED, left_out=["prior, + x: this version has no y=1"]).save(
+    make_record(INCUMBENT, LIVE, SLOWER, CACHED, left_out=["prior, + x: there is no y=1"]).save(
         tmp_path / "cpu.json"
     )
     weak = [make_row(str(n), [8.0, 4.0, 2.0], mode="weak", world_size=n) for n in (1, 2)]

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kandinsky_dist.data.aspects import WHOLE
+from kandinsky_dist.data.batch import text_length
 from kandinsky_dist.data.cache_description import CACHE_NAME, CacheDescription, read_description
 from kandinsky_dist.data.cached import CachedDataset, CachedViews, blank_batch
-from kandinsky_dist.data.captions import dropped
+from kandinsky_dist.data.captions import CaptionSource, SoleCaption, dropped
 from kandinsky_dist.data.catalogue import read_manifest
 from kandinsky_dist.data.dataset import ShardDataset
 from kandinsky_dist.data.indexing.subset import make_subset
@@ -21,7 +22,7 @@ from kandinsky_dist.data.loader import Loader
 from kandinsky_dist.data.order import Order
 from kandinsky_dist.data.packing.writer import write_shards
 from kandinsky_dist.data.storage import LocalStorage
-from kandinsky_dist.errors import ConfigError
+from kandinsky_dist.errors import ConfigError, SampleError
 from kandinsky_dist.runtime.hashing import Stream, uniform
 
 NUM_SAMPLES = 24
@@ -105,7 +106,7 @@ def test_text_is_the_samples_or_dropped_where_that_of_images_is(corpora, positio
     expected = numbers(data.order, positions)
     captions = dropped([str(number) for number in expected], np.array(positions), share=share, seed=0)
     lengths = [num_states(number) if captions[row] else 2 for row, number in enumerate(expected)]
-    assert batch.text_states_BLD.shape == (len(positions), max(lengths), 4)
+    assert batch.text_states_BLD.shape == (len(positions), text_length(max(lengths), 77), 4)
     assert batch.token_mask_BL.sum(1).tolist() == lengths
     flips = uniform(0, Stream.FLIP, positions) < flip
     for row, (number, caption) in enumerate(zip(expected, captions, strict=True)):
@@ -198,6 +199,10 @@ def test_lengths_are_known_without_reading_and_count_dropout(corpora):
     assert data.num_text_states(positions).tolist() == batch.token_mask_BL.sum(1).tolist()
 
 
+def longest(batch) -> int:
+    return int(batch.token_mask_BL.sum(1).max())
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_captions_of_one_length_share_a_micro_batch_and_a_step_keeps_its_samples(corpora, world_size):
     data = dataset(corpora / "prior", caption_dropout=0.4)
@@ -227,13 +232,13 @@ def test_captions_of_one_length_share_a_micro_batch_and_a_step_keeps_its_samples
         lengths = data.num_text_states(np.array(together))
         assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
         # As much to do on every rank, and less than in the order in which samples come.
-        padded = [[batch.token_mask_BL.shape[1] for batch in rank[step]] for rank in ranks]
+        padded = [[longest(batch) for batch in rank[step]] for rank in ranks]
         for index in range(8 // world_size):
             assert padded[0][index] >= padded[-1][index]
         for index in range(8 // world_size - 1):
             assert padded[-1][index] >= padded[0][index + 1]
-        before = sum(batch.token_mask_BL.numel() for rank in as_they_come for batch in rank[step])
-        assert sum(batch.token_mask_BL.numel() for batch in batches) < before
+        before = sum(longest(batch) for rank in as_they_come for batch in rank[step])
+        assert sum(longest(batch) for batch in batches) < before
 
 
 def test_records_of_a_shape_have_the_layout_of_its_bucket():
@@ -252,6 +257,23 @@ def test_a_subset_is_described_like_the_whole(corpora, tmp_path):
     (batch,) = dataset(out).batches([range(5)], 0)
     assert sorted(batch.keys) == ["001", "002", "003", "004", "005"]
     assert read_description(str(corpora / "prior" / "*.tar"), "data.shards").settings == PRIOR.settings
+
+
+ONLY = SoleCaption((CaptionSource.parse("json.tags"),), 0)
+
+
+@pytest.mark.parametrize("position", [0, 1, 17])
+def test_the_only_caption_is_the_same_at_every_position(position):
+    assert ONLY.choose({"json": b'{"tags": [" a cat ", ""]}'}, position, "a.tar:1") == "a cat"
+
+
+def test_samples_of_several_captions_or_none_are_not_encoded_in_advance():
+    with pytest.raises(
+        ConfigError, match=r"a.tar:1: has 2 captions in .json field tags, and encoder outputs"
+    ):
+        ONLY.choose({"json": b'{"tags": ["a cat", "a dog"]}'}, 0, "a.tar:1")
+    with pytest.raises(SampleError, match=r"a.tar:1: has no caption in .json field tags"):
+        ONLY.choose({"json": b"{}"}, 0, "a.tar:1")
 
 
 CHANGES = [
