@@ -125,7 +125,7 @@ def _measure_group(
             for case in group:
                 result = None
                 if case.name in teams:
-                    result = take(case, Turn(-(-plan.num_warmup // 2), plan.num_steps))
+                    result = take(case, Turn(plan.num_warmup // 2, plan.num_steps))
                 if result is None:
                     continue
                 if case is group[0]:
