@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import FrameType
 
 import psutil
@@ -22,7 +22,9 @@ import psutil
 # a C++ stack trace about it. The variable is read at import and is not for the ranks.
 log_level = os.environ.get("TORCH_CPP_LOG_LEVEL")
 os.environ["TORCH_CPP_LOG_LEVEL"] = log_level or "ERROR"
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure  # noqa: E402
+from torch.distributed.launcher import api  # noqa: E402
 from torch.distributed.run import parse_args, run  # noqa: E402
 
 if log_level is None:
@@ -31,7 +33,26 @@ if log_level is None:
 PASSED_ON = (signal.SIGUSR1, signal.SIGTERM)
 STOPPED = 75
 SAID_BY_RANKS = (STOPPED, 78, 65)
-"""Exit statuses after which the ranks have already told the reader all there is to tell."""
+"""Exit statuses after which the ranks have already told the reader all there is to tell, and which would come
+again: they are never restarted."""
+
+
+class Agent(api.LocalElasticAgent):  # type: ignore[name-defined]
+    """torchrun's agent, which restarts ranks that crash (--max-restarts), but not those that meant to end."""
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        codes = [failure.exitcode for failure in result.failures.values()]
+        if result.state == WorkerState.FAILED and self._remaining_restarts > 0:
+            if any(code in SAID_BY_RANKS for code in codes):
+                self._remaining_restarts = 0
+            else:
+                what = f"{_ended(result.failures)}; restarted in place"
+                print(f"{socket.gethostname()}: {what}", file=sys.stderr, flush=True)
+        return result
+
+
+api.LocalElasticAgent = Agent
 
 
 def main(arguments: list[str]) -> int:
@@ -47,15 +68,20 @@ def main(arguments: list[str]) -> int:
         # torchrun keeps the signals that mean "now".
         run(parse_args(["--signals-to-handle", "SIGHUP,SIGQUIT", *arguments]))
     except ChildFailedError as error:
-        failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
-        status = exit_status(failure.exitcode for _, failure in failures)
+        failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
+        status = exit_status(failure.exitcode for failure in failures)
         if status not in SAID_BY_RANKS:
-            ended = ", ".join(f"rank {rank}: {failure.exitcode}" for rank, failure in failures)
-            print(f"{socket.gethostname()}: ranks ended with {ended}", file=sys.stderr)
+            print(f"{socket.gethostname()}: {_ended(error.failures)}", file=sys.stderr)
         return status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+def _ended(failures: Mapping[int, ProcessFailure]) -> str:
+    """What ranks ended with, the earliest first."""
+    ordered = sorted(failures.items(), key=lambda item: item[1].timestamp)
+    return "ranks ended with " + ", ".join(f"rank {rank}: {failure.exitcode}" for rank, failure in ordered)
 
 
 def exit_status(codes: Iterable[int]) -> int:

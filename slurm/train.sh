@@ -4,6 +4,7 @@
 #
 #   KANDINSKY_CONFIG   recipe or YAML file (default: prior_full or decoder_full)
 #   NPROC_PER_NODE     ranks a node (default: the job's GPUs there, else 1)
+#   KANDINSKY_COMMAND  what is run (default: train); processes of precompute share a folder and need no meeting
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 stage=$1
@@ -18,10 +19,19 @@ export RENDEZVOUS=$first_node:$((20000 + SLURM_JOB_ID % 12000))
 # Without it a task gets one core, whatever the job has (Slurm 22.05 and later).
 cores=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
 
+command=${KANDINSKY_COMMAND:-train}
+launcher=node.sh
 # --wait: a node that lost its ranks cannot leave the others in a collective for ever; long enough for
 # ranks that end together to end in peace.
-srun --ntasks-per-node=1 --nodes="$NUM_NODES" --cpus-per-task="$cores" --wait=60 \
-  "$root/launch/node.sh" train "$stage" --config "${KANDINSKY_CONFIG:-${stage}_full}" "$@" &
+wait=60
+if [ "$command" = precompute ]; then
+  # Each node by itself: what one leaves undone the others do, however long that takes.
+  export NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-auto}}
+  launcher=local.sh
+  wait=0
+fi
+srun --ntasks-per-node=1 --nodes="$NUM_NODES" --cpus-per-task="$cores" --wait="$wait" \
+  "$root/launch/$launcher" "$command" "$stage" --config "${KANDINSKY_CONFIG:-${stage}_full}" "$@" &
 step=$!
 
 # A signal for the batch shell (#SBATCH --signal=B:USR1@180, scancel --batch) is meant for the ranks, which save

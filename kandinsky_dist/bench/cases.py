@@ -9,7 +9,12 @@ from kandinsky_dist.bench import (
     data_report,
     data_resume,
     draws_report,
+    forecast_report,
     memory_report,
+    optimizer,
+    performance,
+    scaling_report,
+    train_report,
 )
 from kandinsky_dist.bench.record import Record
 from kandinsky_dist.errors import DataError
@@ -20,16 +25,22 @@ REPORTS: dict[str, Callable[[Record], str]] = {
     "data_resume": data_resume.to_markdown,
     "checkpoint": checkpoint.to_markdown,
     "comm": comm_report.to_markdown,
+    "train": train_report.to_markdown,
+    "scaling": scaling_report.to_markdown,
+    "optimizer": optimizer.to_markdown,
     "draws": draws_report.to_markdown,
+    "estimate": forecast_report.to_markdown,
 }
 
 
 def to_markdown(path: Path) -> str:
-    """A saved record as the page that its case renders.
+    """A saved record as the page that its case renders; a folder of records as the page about performance.
 
     Raises:
         DataError: the file is no record, or of an unknown case.
     """
+    if path.is_dir():
+        return performance.to_markdown(path)
     record = Record.load(path)
     if record.case not in REPORTS:
         raise DataError(f"{path} is of case {record.case}; known cases: {', '.join(REPORTS)}")

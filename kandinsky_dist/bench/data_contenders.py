@@ -1,6 +1,6 @@
 """What loaders are compared as: how each stores the samples, and how it makes batches of them.
 
-Letters of shapes: B samples, R bytes of a record.
+Letters of shapes: B samples.
 """
 
 import io
@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
 from kandinsky_dist.bench.data_samples import (
     CLIP_SIZE,
+    EMBEDDING_D,
     LATENTS_CHW,
     NUM_LATENTS,
     NUM_VALUES,
@@ -27,13 +29,15 @@ from kandinsky_dist.bench.data_samples import (
     key,
     photographs,
 )
+from kandinsky_dist.data.aspects import WHOLE
 from kandinsky_dist.data.catalogue import read_manifest
 from kandinsky_dist.data.dataset import ShardDataset
 from kandinsky_dist.data.loader import Loader
 from kandinsky_dist.data.order import Order
 from kandinsky_dist.data.packing.writer import write_shards
+from kandinsky_dist.data.record_layout import RecordLayout, Sheet
 from kandinsky_dist.data.record_slots import SlotFinder
-from kandinsky_dist.data.records import SEAL_BYTES, Check, RecordReader, sealed
+from kandinsky_dist.data.records import Check, RecordReader
 from kandinsky_dist.data.remote.remote_storage import make_storage
 from kandinsky_dist.data.rows import Views
 from kandinsky_dist.data.storage import LocalStorage
@@ -43,7 +47,7 @@ Batches = Iterator[tuple[Tensor, Tensor]]
 """Endless. Cached: latents (B, 4, 64, 64) and embeddings (B, 1280), fp16. JPEG: both views of the images."""
 
 FORMS: tuple[Form, ...] = ("cached", "jpeg")
-RECORD_BYTES = 2 * NUM_VALUES + SEAL_BYTES
+RECORD = RecordLayout(torch.float16, {"latents": LATENTS_CHW, "image_embeds": (EMBEDDING_D,)})
 SHARDS_PER_CORPUS = 16
 """Enough for every worker and shuffle to have some."""
 
@@ -102,33 +106,48 @@ def split(values_BN: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@cache
-def _clip_processor() -> Any:
+def pil_processor_class() -> Any:
+    """CLIPImageProcessor as it works on Pillow images, under the name that transformers gives it."""
     import transformers
 
     names = ("CLIPImageProcessorPil", "CLIPImageProcessor")  # as it is called where torchvision is optional
-    kind = next(getattr(transformers, name) for name in names if hasattr(transformers, name))
-    return kind(crop_size={"height": CLIP_SIZE, "width": CLIP_SIZE}, size={"shortest_edge": CLIP_SIZE})
+    return next(getattr(transformers, name) for name in names if hasattr(transformers, name))
+
+
+@cache
+def _clip_processor() -> Any:
+    size = {"height": CLIP_SIZE, "width": CLIP_SIZE}
+    return pil_processor_class()(crop_size=size, size={"shortest_edge": CLIP_SIZE})
+
+
+def usual_square(image: Image.Image, resolution: int) -> Tensor:
+    """The middle of a picture, by Pillow: fp32 (3, resolution, resolution) in [-1, 1]."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, reducing_gap=1)
+    pixels_HWC = np.asarray(image, np.float32) / 127.5 - 1
+    return torch.from_numpy(pixels_HWC.transpose(2, 0, 1).copy())
 
 
 def usual_views(data: bytes) -> tuple[Tensor, Tensor]:
     """Both views as training scripts make them, by Pillow and CLIPImageProcessor; fp32."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     clip_CHW = torch.as_tensor(_clip_processor()(image, return_tensors="np").pixel_values[0])
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    image = image.resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC, reducing_gap=1)
-    pixels_HWC = np.asarray(image, np.float32) / 127.5 - 1
-    return clip_CHW, torch.from_numpy(pixels_HWC.transpose(2, 0, 1).copy())
+    return clip_CHW, usual_square(image, RESOLUTION)
 
 
 def _write_record_shards(folder: Path, num_samples: int) -> None:
     samples = (
-        {"__key__": key(number), "cached": sealed(values.view(np.uint8)[None]).tobytes()}
+        {"__key__": key(number), "cached": RECORD.records(_parts(values))[0]}
         for number, values in enumerate(encoder_outputs(num_samples))
     )
     _write(folder, num_samples, samples)
+
+
+def _parts(values: npt.NDArray[np.float16]) -> dict[str, Tensor]:
+    latents_BCHW, embeds_BD = split(torch.from_numpy(values)[None])
+    return {"latents": latents_BCHW, "image_embeds": embeds_BD}
 
 
 def _write_jpeg_shards(folder: Path, num_samples: int) -> None:
@@ -152,9 +171,9 @@ def _order(folder: str | Path) -> Order:
 
 
 def _records(check: Check, folder: Path, batch_size: int, num_threads: int) -> Batches:
-    reader = RecordReader(_order(folder), "cached", RECORD_BYTES, check=check)
+    reader = RecordReader(_order(folder), {WHOLE: RECORD}, check=check)
     for batch in reader.batches(_endless(batch_size), num_threads=num_threads):
-        yield split(batch.records_BR[:, : 2 * NUM_VALUES].view(torch.float16))
+        yield batch.tensors["latents"], batch.tensors["image_embeds"]
 
 
 def _endless(batch_size: int) -> Iterator[range]:
@@ -167,21 +186,20 @@ def _endless(batch_size: int) -> Iterator[range]:
 def _bare_pread(folder: Path, batch_size: int, _: int) -> Batches:
     """The reads alone: the same bytes in the same order into one batch's memory, places known in advance."""
     order = _order(folder)
-    finder = SlotFinder(order.manifest, "cached", RECORD_BYTES)
+    finder = SlotFinder(order.manifest, "cached")
     num_batches = order.num_samples // batch_size
     epoch = [
         finder.find(order.locate(np.arange(first, first + batch_size)))
         for first in range(0, num_batches * batch_size, batch_size)
     ]
     plans = [list(zip(slots.descriptors(), slots.offsets_B.tolist(), strict=True)) for slots in epoch]
-    out_BR = torch.zeros(batch_size, RECORD_BYTES, dtype=torch.uint8)
-    content = out_BR.numpy().reshape(-1).data
-    rows = [(content[row * RECORD_BYTES : (row + 1) * RECORD_BYTES],) for row in range(batch_size)]
+    sheet = Sheet(RECORD, np.zeros(batch_size, np.int64))
+    rows = list(sheet.buffers())
     while True:
         for plan in plans:
             for row, (descriptor, offset) in zip(rows, plan, strict=True):
                 os.preadv(descriptor, row, offset)
-            yield split(out_BR[:, : 2 * NUM_VALUES].view(torch.float16))
+            yield sheet.tensors["latents"], sheet.tensors["image_embeds"]
 
 
 def training_batches(

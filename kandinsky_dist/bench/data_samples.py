@@ -36,13 +36,12 @@ def encoder_outputs(num_samples: int) -> Iterator[npt.NDArray[np.float16]]:
         yield values
 
 
-def photographs(num_samples: int) -> Iterator[bytes]:
-    """JPEG files of PHOTOGRAPH_SIZE squared pixels and some 200 KB, with the spectrum of natural images.
+def photographs(num_samples: int, size: int = PHOTOGRAPH_SIZE) -> Iterator[bytes]:
+    """JPEG files of size x size pixels, some 200 KB at 1024, with the spectrum of natural images.
 
     The amplitude of natural images falls with the frequency, so that they compress as these do; flat noise or
     drawings would make decoding look slower or faster than it is.
     """
-    size = PHOTOGRAPH_SIZE
     frequencies = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :])
     amplitude_HW = (1.0 / np.maximum(frequencies, 1.0 / size)) ** 1.45
     for number in range(num_samples):

@@ -5,7 +5,7 @@ from typing import Any
 
 from kandinsky_dist.bench.record import Record
 from kandinsky_dist.bench.render import Column, mib, percent, provenance, table, wrapped
-from kandinsky_dist.bench.textbook import States, bytes_per_parameter
+from kandinsky_dist.estimate.textbook import States, bytes_per_parameter
 
 AT_REST = ("accumulating", "before the step")
 """Moments at which the textbook's states are alive; in the step temporary tensors come on top."""

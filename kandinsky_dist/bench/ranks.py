@@ -1,7 +1,8 @@
 """Real processes of one machine, for a bench case to measure in."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -35,15 +36,32 @@ def run_on_ranks(function: Callable[..., Result], world_size: int, *arguments: A
         monitor_interval=0.1,
         start_method="spawn",
     )
-    threads = str(max(1, (os.cpu_count() or 1) // world_size))
-    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
-    if torch.cuda.device_count() < world_size:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)  # the new processes inherit it
-    try:
+    with environment(machine_settings(world_size)):  # the new processes inherit it
         results = elastic_launch(launch, function)(*arguments)
+    return [results[rank] for rank in range(world_size)]
+
+
+def machine_settings(world_size: int, *, is_on_cpu: bool = False) -> dict[str, str]:
+    """Environment that divides this machine's cores, and hides GPUs that are too few for the ranks.
+
+    Args:
+        world_size: ranks.
+        is_on_cpu: hides them anyway.
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // world_size))
+    found = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    if is_on_cpu or torch.cuda.device_count() < world_size:
+        found["CUDA_VISIBLE_DEVICES"] = ""
+    return found
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables for the processes that are started inside."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-    return [results[rank] for rank in range(world_size)]

@@ -16,7 +16,7 @@ from kandinsky_dist.models.pipeline import STAGES, write_pipeline
 from kandinsky_dist.optim.ema import decays_among, kind_of
 
 
-def export(run: Path, out: Path, *, ema: str | None = None) -> str:
+def export(run: Path, out: Path, *, ema: str | None = None, pipeline: str | None = None) -> str:
     """Writes the newest whole checkpoint of a run, or one checkpoint folder, for inference.
 
     The networks that were not trained are copied from the pipeline that the run started from. Runs on one
@@ -27,6 +27,7 @@ def export(run: Path, out: Path, *, ema: str | None = None) -> str:
         out: folder to make.
         ema: decay of the average to take in place of the weights, or "none"; None takes that with the largest
             decay, and the weights where there is no average.
+        pipeline: folder or hub name, in place of the pipeline that the run started from.
 
     Returns:
         Which checkpoint and which of its weights were taken, one line.
@@ -35,8 +36,14 @@ def export(run: Path, out: Path, *, ema: str | None = None) -> str:
         CheckpointError: there is no whole checkpoint.
         ConfigError: the pipeline that the run started from is gone, or there is no such average.
     """
-    folder = _checkpoint_folder(run)
+    folder = whole_checkpoint(run)
     config = yaml.safe_load((folder / CONFIG).read_text())
+    if pipeline is not None:
+        config["model"][config["stage"]] = pipeline
+    elif config["stage"] not in config["model"]:
+        raise ConfigError(
+            f"{folder} was converted and names no pipeline: give --pipeline, into which its weights are put"
+        )
     source = trained_source(config)
     reader = CheckpointReader(folder)
     decay = _chosen_decay(reader, ema)
@@ -73,10 +80,17 @@ def trained_source(config: dict[str, Any]) -> ModelSource:
     component = next(name for name, stage in STAGES.items() if stage == config["stage"])
     key = f"model.{config['stage']}"
     folder = pipeline_folder(config["model"][config["stage"]], key, [component])
-    return ModelSource(folder, component)
+    source = ModelSource(folder, component)
+    weights = config["model"].get("weights")
+    return source if weights is None else source.with_weights(weights)
 
 
-def _checkpoint_folder(run: Path) -> Path:
+def whole_checkpoint(run: Path) -> Path:
+    """The newest whole checkpoint of a run folder, or the checkpoint folder itself.
+
+    Raises:
+        CheckpointError: there is none, or it is not whole.
+    """
     if not run.is_dir():
         raise CheckpointError(f"{run} is no folder: give a run folder or one of its checkpoints")
     if (run / COMMIT).exists():

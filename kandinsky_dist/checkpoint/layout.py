@@ -10,9 +10,7 @@
 A folder without COMMIT, or whose files differ from it, is not a checkpoint. Nothing in it is a pickle.
 """
 
-import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,16 +24,42 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from kandinsky_dist.checkpoint.files import (
+    COMMIT,
+    CONFIG,
+    STATE,
+    TEMPORARY,
+    checkpoints_of,
+    checksum,
+    damage,
+    folder_name,
+    promised_files,
+    step_of,
+)
 from kandinsky_dist.errors import CheckpointError
 from kandinsky_dist.faults.divergence import Health
 from kandinsky_dist.parallel.base import FRAGMENT_KINDS, Fragment
 from kandinsky_dist.runtime.disk import sync, write_whole
 
-COMMIT = "COMMIT"
-STATE = "state.json"
-CONFIG = "config.yaml"
-TEMPORARY = ".tmp"
-"""Ends the name of a folder that is being written."""
+__all__ = [
+    "COMMIT",
+    "CONFIG",
+    "STATE",
+    "TEMPORARY",
+    "CheckpointReader",
+    "RankTensors",
+    "RunState",
+    "SavedState",
+    "checkpoints_of",
+    "checksum",
+    "damage",
+    "folder_name",
+    "promised_files",
+    "read_state",
+    "step_of",
+    "write_state",
+    "write_tensors",
+]
 
 
 @dataclass
@@ -44,10 +68,12 @@ class RunState:
 
     Both grow alike, until a run goes back to an earlier step (`num_rollbacks` times so far) and on with the
     next samples. `pending_losses` are the global losses of steps since the last log entry and
-    `pending_skipped` whether these were skipped, so that a resumed run's next entry is about the same steps;
+    `pending_skipped` whether these were skipped, `pending_rescaled` whether for a loss scale that was lowered
+    then, so that a resumed run's next entry is about the same steps;
     `num_skipped_steps` and `health` are about the steps before them. `num_bad_samples` counts those that were
     replaced so far, `began_at_step` is above 0 where the first weights were another run's, `num_averaged` are
-    the steps that are in each average of the weights, by its kind.
+    the steps that are in each average of the weights, by its kind, `engine` is what the strategy asks to
+    remember: numbers with names that any strategy understands or passes over.
     """
 
     step: int = 0
@@ -60,6 +86,8 @@ class RunState:
     num_rollbacks: int = 0
     began_at_step: int = 0
     health: Health = field(default_factory=Health)
+    pending_rescaled: list[bool] = field(default_factory=list)
+    engine: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_updates(self) -> int:
@@ -79,17 +107,6 @@ class SavedState:
     run: RunState
     identity: Mapping[str, Any]
     versions: Mapping[str, str]
-
-
-def folder_name(step: int) -> str:
-    """Name of a step's checkpoint folder."""
-    return f"step_{step:08d}"
-
-
-def checkpoints_of(folder: Path) -> list[Path]:
-    """Checkpoint folders of a run, newest first, whole or not."""
-    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 @dataclass(frozen=True)
@@ -140,53 +157,6 @@ def read_state(folder: Path) -> SavedState:
     return SavedState(RunState(**run, health=health), tree["identity"], tree["versions"])
 
 
-def checksum(path: Path) -> dict[str, Any]:
-    """Size in bytes and sha256 of a file."""
-    with open(path, "rb") as file:
-        return {
-            "bytes": os.fstat(file.fileno()).st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
-
-
-def promised_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """What COMMIT says: file name -> what `checksum` found when it was written.
-
-    Raises:
-        OSError: there is none, or it cannot be read.
-        ValueError: it is damaged.
-    """
-    try:
-        found = json.loads((folder / COMMIT).read_text())["files"]
-        return {name: {"bytes": item["bytes"], "sha256": item["sha256"]} for name, item in found.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / COMMIT} lacks {error}") from error
-
-
-def damage(folder: Path) -> str | None:
-    """Why a folder is not a whole checkpoint, or None if it is one. Reads every byte."""
-    try:
-        promised = promised_files(folder)
-    except FileNotFoundError:
-        return f"no {COMMIT}: it was never finished"
-    except (OSError, ValueError):
-        return f"{COMMIT} is unreadable"
-    # The reader takes every rank's file that is there, so each must have been promised.
-    for name in sorted({STATE, CONFIG, *(path.name for path in folder.glob("rank_*.safetensors"))}):
-        if name not in promised:
-            return f"{name} is not in {COMMIT}"
-    for name, expected in promised.items():
-        try:
-            found = checksum(folder / name)
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-        if found["bytes"] != expected["bytes"]:
-            return f"{name} has {found['bytes']} bytes, {expected['bytes']} were written"
-        if found != expected:
-            return f"{name}: its bytes changed since they were written"
-    return None
-
-
 class CheckpointReader:
     """Fragments of a checkpoint by parameter name and range, whoever wrote them at whatever world size."""
 
@@ -212,8 +182,17 @@ class CheckpointReader:
 
     @cached_property
     def state(self) -> SavedState:
-        """The checkpoint's state.json."""
-        return read_state(self.folder)
+        """The checkpoint's state.json.
+
+        Raises:
+            CheckpointError: it cannot be read, or not by this version.
+        """
+        try:
+            return read_state(self.folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.folder / STATE} cannot be read ({error}): was it written by another version?"
+            ) from error
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
         """Values [start, stop) of the flattened parameter, 1-D fp32 on the CPU.
@@ -243,5 +222,8 @@ class CheckpointReader:
 
     def _open(self, path: Path) -> Any:
         if path not in self._files:
-            self._files[path] = safe_open(path, framework="pt").__enter__()
+            try:
+                self._files[path] = safe_open(path, framework="pt").__enter__()
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} is gone or damaged since it was found: {error}") from error
         return self._files[path]

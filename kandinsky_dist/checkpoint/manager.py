@@ -1,8 +1,9 @@
 """Saving and restoring a run, on all ranks alike."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from kandinsky_dist.checkpoint.background import Background
+from kandinsky_dist.checkpoint.foreign.kinds import CONVERTIBLE, saved_by
 from kandinsky_dist.checkpoint.layout import (
     COMMIT,
     TEMPORARY,
@@ -18,11 +20,13 @@ from kandinsky_dist.checkpoint.layout import (
     RunState,
     checkpoints_of,
     damage,
+    step_of,
 )
 from kandinsky_dist.checkpoint.rollback import Rollback, read_rollback
 from kandinsky_dist.checkpoint.snapshot import Staging
 from kandinsky_dist.checkpoint.writer import Writer, remove
-from kandinsky_dist.errors import CheckpointError, ConfigError
+from kandinsky_dist.errors import CheckpointError, ConfigError, KandinskyError
+from kandinsky_dist.faults.fence import Fence
 from kandinsky_dist.parallel.base import ModelPlan, Strategy
 from kandinsky_dist.parallel.initial import InitialWeights
 from kandinsky_dist.runtime import agree
@@ -32,10 +36,11 @@ from kandinsky_dist.runtime.process import Process
 
 @dataclass(frozen=True)
 class Found:
-    """The newest whole checkpoint of a folder, and the ones that were passed over with the reason."""
+    """The newest whole checkpoint of a folder, what was passed over with the reason, and what is damaged."""
 
     folder: Path | None
     passed_over: tuple[str, ...]
+    damaged: tuple[Path, ...] = ()
 
 
 def newest_whole(folder: Path, *, at_most_step: int | None = None) -> Found:
@@ -50,16 +55,18 @@ def newest_whole(folder: Path, *, at_most_step: int | None = None) -> Found:
     """
     unfinished = sorted(folder.glob(f"step_*{TEMPORARY}"), reverse=True)
     passed_over = [f"{path}: its writing was cut off" for path in unfinished]
+    damaged: list[Path] = []
     was_finished = False
     rollback = read_rollback(folder)
     for path in checkpoints_of(folder):
-        is_later = at_most_step is not None and int(path.name[5:]) > at_most_step
+        is_later = at_most_step is not None and step_of(path) > at_most_step
         if is_later or (rollback is not None and rollback.voids(path)):
             continue
         reason = damage(path)
         if reason is None:
-            return Found(path, tuple(passed_over))
+            return Found(path, tuple(passed_over), tuple(damaged))
         passed_over.append(f"{path}: {reason}")
+        damaged.append(path)
         was_finished |= (path / COMMIT).exists()
     if was_finished:
         raise CheckpointError(
@@ -77,6 +84,7 @@ class CheckpointManager:
         keep: how many whole checkpoints stay, at least 2.
         identity: configuration key -> value or fingerprint that a resumed run must share.
         config_yaml: the resolved configuration.
+        fence: this start's claim to the run folder; None makes one that nobody has taken.
         is_async: `save` returns when its tensors are copied, and they are written beside training.
         on_failure: called as soon as what is written beside training has failed, from another thread.
     """
@@ -90,14 +98,24 @@ class CheckpointManager:
         identity: Mapping[str, Any],
         config_yaml: str,
         is_async: bool,
+        fence: Fence | None = None,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = run_dir / "checkpoints"
         self._process = process
         self.identity = identity
-        self._writer = Writer(self.folder, process, keep=keep, identity=identity, config_yaml=config_yaml)
+        self._writer = Writer(
+            self.folder,
+            process,
+            keep=keep,
+            identity=identity,
+            config_yaml=config_yaml,
+            fence=fence or Fence(run_dir),
+        )
         self._staging = Staging() if is_async else None
         self._background = Background(on_failure)
+        self.save_seconds = 0.0
+        """Longest that a checkpoint took, from the first copy to its last file."""
 
     @property
     def is_writing(self) -> bool:
@@ -122,12 +140,17 @@ class CheckpointManager:
                 are untouched.
         """
         self.finish()
+        start = time.monotonic()
         live = RankTensors.of(strategy.fragments(), extra)
         if self._staging is None:
-            self._writer.write(lambda: live, state)
+            self._write(lambda: live, state, start)
         else:
             tensors = _copied(live, self._staging)
-            self._background.start(partial(self._writer.write, tensors, deepcopy(state)))
+            self._background.start(partial(self._write, tensors, deepcopy(state), start))
+
+    def _write(self, tensors: Callable[[], RankTensors], state: RunState, start: float) -> None:
+        self._writer.write(tensors, state)
+        self.save_seconds = max(self.save_seconds, time.monotonic() - start)
 
     def finish(self) -> None:
         """Waits for what is being written. Collective: call on every rank.
@@ -142,11 +165,13 @@ class CheckpointManager:
     def close(self) -> None:
         """Waits for what is being written, on the way out of a run that has its own reason to end."""
         error = self._background.wait()
-        if isinstance(error, CheckpointError):  # else a rank was lost, and that is what the run ends for
+        if isinstance(error, KandinskyError):  # else a rank was lost, and that is what the run ends for
             say(str(error), self._process)
 
     def find(self, resume: str, allow_change: tuple[str, ...]) -> CheckpointReader | None:
         """The checkpoint that `run.resume` asks for, or None where there is nothing to resume.
+
+        Another run's is what this run begins with: the same command again continues with its own.
 
         Reads only: what it refuses is refused before anything is written or built. Collective: call on every
         rank.
@@ -158,6 +183,7 @@ class CheckpointManager:
         chosen, own = agree.decided_by_first(lambda: (self._choose(resume), read_rollback(self.folder)))
         for line in chosen.passed_over:
             say(f"passed over {line}", self._process)
+        self._writer.give_up(chosen.damaged)
         if chosen.folder is None:
             if own is not None:  # back to the initial weights, at a position of the same data
                 self._check_identity(self.folder, own.identity, allow_change)
@@ -182,6 +208,7 @@ class CheckpointManager:
             if own is None:
                 return RunState()
             strategy.load_fragments(InitialWeights(plan), num_steps=0)
+            strategy.load_engine_state({})
             return own.continued(RunState())
         for fragment in strategy.fragments():  # a larger parameter would be read in part
             found = reader.numels.get(fragment.name)
@@ -192,6 +219,7 @@ class CheckpointManager:
                 )
         state = reader.state.run
         strategy.load_fragments(reader, num_steps=state.num_updates)
+        strategy.load_engine_state(state.engine)
         if reader.folder.parent.resolve() != self.folder.resolve():
             state.began_at_step = state.step
             theirs = agree.decided_by_first(lambda: read_rollback(reader.folder.parent))
@@ -214,6 +242,17 @@ class CheckpointManager:
                 )
             return Found(None, ())
         path = Path(resume)
+        own = newest_whole(self.folder)
+        if own.folder is not None:
+            if not _is_inside(path, self.folder.parent):
+                line = f"run.resume={path}: the run has begun and goes on with its own checkpoints"
+                return replace(own, passed_over=(*own.passed_over, line))
+            if (path / COMMIT).exists() and path.resolve() != own.folder.resolve():
+                raise ConfigError(
+                    f"run.resume={path} is not the newest of its run, {own.folder} is: begin with it in "
+                    "another run.dir, or remove what came after it"
+                )
+            return own
         if (path / COMMIT).exists():
             reason = damage(path)
             if reason:
@@ -221,6 +260,12 @@ class CheckpointManager:
             return Found(path, ())
         found = newest_whole(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
         if found.folder is None:
+            origin = saved_by(path)
+            if origin in CONVERTIBLE:
+                raise CheckpointError(
+                    f"run.resume={path} is {origin.value}: make one of ours of it with kandinsky-dist "
+                    f"checkpoint convert {path} OUT"
+                )
             raise CheckpointError(f"run.resume={path}: no whole checkpoint there")
         return found
 
@@ -242,6 +287,10 @@ class CheckpointManager:
                 except OSError as error:
                     raise CheckpointError(f"{path} holds diverged weights: {error.strerror}") from error
         return rollback
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _copied(live: RankTensors, staging: Staging) -> Callable[[], RankTensors]:

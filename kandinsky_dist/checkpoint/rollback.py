@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kandinsky_dist.checkpoint.layout import RunState, read_state
+from kandinsky_dist.checkpoint.layout import RunState, read_state, step_of
 from kandinsky_dist.errors import CheckpointError
 from kandinsky_dist.runtime.disk import write_whole
 
@@ -44,7 +44,7 @@ class Rollback:
 
     def voids(self, checkpoint: Path) -> bool:
         """Whether a checkpoint was written between the one gone back to and the going back."""
-        if int(checkpoint.name[5:]) <= self.to_step:
+        if step_of(checkpoint) <= self.to_step:
             return False
         try:
             return read_state(checkpoint).run.num_rollbacks < self.number

@@ -9,8 +9,11 @@ from kandinsky_dist import __version__
 from kandinsky_dist.cli.bench import add_bench
 from kandinsky_dist.cli.checkpoints import add_checkpoint
 from kandinsky_dist.cli.data import add_data
+from kandinsky_dist.cli.estimate import add_estimate
 from kandinsky_dist.cli.failures import FailedError, failures_said, give_up_output
 from kandinsky_dist.cli.networks import add_export, add_generate, add_models
+from kandinsky_dist.cli.precompute import add_precompute
+from kandinsky_dist.cli.status import add_status
 from kandinsky_dist.cli.train import add_check, add_train
 from kandinsky_dist.errors import ConfigError
 
@@ -47,10 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
     add_check(commands)
+    add_status(commands)
     add_data(commands)
     add_models(commands)
+    add_precompute(commands)
     add_export(commands)
     add_generate(commands)
     add_checkpoint(commands)
     add_bench(commands)
+    add_estimate(commands)
     return parser

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky_dist.cli.arguments import SIZES, command, group
+from kandinsky_dist.cli.bench_training import add_training
 from kandinsky_dist.config.schema import STAGES
 
 
 def add_bench(commands: Any) -> None:
     """Adds the commands."""
     commands = group(commands, "bench", "Measured tables: a JSON record and the table rendered from it.")
+    add_training(commands)
 
     def memory(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.memory import run
@@ -62,6 +64,19 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--bucket-mib", type=float, default=25.0, help="MiB of a gradient bucket")
     parser.add_argument("--max-mib", type=int, help="largest message, MiB: 256 on GPUs, 16 on CPUs")
     parser.add_argument("--repeats", type=int, default=7, help="their median counts")
+
+    def estimate(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.bench.forecast import publish
+
+        publish(arguments.out)
+
+    parser = command(
+        commands,
+        "estimate",
+        estimate,
+        "Predictions of both full recipes on 64, 256 and 1,024 GPUs, beside published runs; no measurement.",
+    )
+    parser.add_argument("out", type=Path, help="folder for estimate.json, estimate.md and estimate.png")
 
     def data(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.data import run
@@ -156,6 +171,31 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--world-size", type=int, default=2, help="processes; on CPUs where GPUs are fewer")
     parser.add_argument("--repeats", type=int, default=5, help="saves of each kind; their median counts")
 
+    def optimizer(arguments: argparse.Namespace) -> None:
+        from kandinsky_dist.bench.optimizer import run
+
+        run(
+            arguments.out,
+            size=arguments.size,
+            stages=arguments.stage,
+            num_repeats=arguments.repeats,
+            names=arguments.contender,
+        )
+
+    parser = command(
+        commands,
+        "optimizer",
+        optimizer,
+        "Seconds of an AdamW update: torch's and DeepSpeed's implementations, on GPU and CPU.",
+    )
+    parser.add_argument("out", type=Path, help="folder for optimizer.json and optimizer.md")
+    parser.add_argument("--size", choices=SIZES, default="small", help="networks whose shapes are updated")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="which networks")
+    parser.add_argument("--repeats", type=int, default=20, help="steps of each; their median counts")
+    parser.add_argument(
+        "--contender", nargs="+", default=(), help="implementations by the beginning of their names"
+    )
+
     def draws(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.draws import run
 
@@ -193,4 +233,6 @@ def add_bench(commands: Any) -> None:
     parser = command(
         commands, "render", render, "Prints the Markdown of a record that a bench case has written."
     )
-    parser.add_argument("record", type=Path, help="JSON file")
+    parser.add_argument(
+        "record", type=Path, help="JSON file; or a folder of records of bench train and scaling, for one page"
+    )

@@ -50,7 +50,7 @@ def add_export(commands: Any) -> None:
     def run(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.checkpoint.export import export
 
-        say(export(arguments.checkpoint, arguments.out, ema=arguments.ema))
+        say(export(arguments.checkpoint, arguments.out, ema=arguments.ema, pipeline=arguments.pipeline))
 
     parser = command(
         commands, "export", run, "Writes a run's newest whole checkpoint as a diffusers pipeline folder."
@@ -62,6 +62,11 @@ def add_export(commands: Any) -> None:
         metavar="DECAY",
         help="average of the weights to take, by its decay; none: the weights as trained (default: that "
         "with the largest decay, and the weights where there is none)",
+    )
+    parser.add_argument(
+        "--pipeline",
+        metavar="NAME_OR_FOLDER",
+        help="pipeline that the weights are put into (default: the one that the run started from)",
     )
 
 

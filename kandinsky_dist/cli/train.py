@@ -15,30 +15,33 @@ def add_train(commands: Any) -> None:
     """Adds the command."""
 
     def run(arguments: argparse.Namespace) -> None:
-        resolved = _resolved(arguments)
+        resolved = resolved_of(arguments)
         resolve.check(resolved, world_size=read_ranks(os.environ).world_size)
         from kandinsky_dist.faults.preempt import StopRequest
 
         with StopRequest().listening() as stop:
+            from kandinsky_dist.faults.watchdog import Watchdog
             from kandinsky_dist.runtime.process import joined
             from kandinsky_dist.train.trainer import Trainer
 
+            patience = Watchdog.collective_timeout(resolved.config.watchdog)
             # Said before the group is left: that may have to wait for ranks that wait for this one.
-            with joined() as process, failures_said():
-                Trainer(resolved, process, stop).run()
+            run_folder = resolve.run_dir(resolved.config)
+            with Watchdog() as dog, joined(patience, run_folder) as process, failures_said():
+                Trainer(resolved, process, stop, dog).run()
 
-    _add_configured(commands, "train", run, "Trains a stage; the same command again continues it.")
+    add_configured(commands, "train", run, "Trains a stage; the same command again continues it.")
 
 
 def add_check(commands: Any) -> None:
     """Adds the command."""
 
     def run(arguments: argparse.Namespace) -> None:
-        resolved = _resolved(arguments)
+        resolved = resolved_of(arguments)
         resolve.check(resolved, world_size=arguments.world_size)
         print(resolved.to_yaml(), end="")
 
-    parser = _add_configured(
+    parser = add_configured(
         commands,
         "check",
         run,
@@ -60,7 +63,8 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
-def _add_configured(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+def add_configured(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    """Adds a command that takes a stage, a configuration and settings."""
     parser = command(
         commands,
         name,
@@ -71,13 +75,14 @@ def _add_configured(commands: Any, name: str, run: Any, summary: str) -> argpars
         allow_abbrev=False,
     )
     parser.set_defaults(takes_settings=True)
-    parser.add_argument("stage", choices=STAGES, help="which of the two networks is trained")
+    parser.add_argument("stage", choices=STAGES, help="which of the two networks")
     parser.add_argument(
         "--config", metavar="NAME_OR_FILE", help="recipe name or YAML file (default: defaults only)"
     )
     return parser
 
 
-def _resolved(arguments: argparse.Namespace) -> loader.Resolved:
+def resolved_of(arguments: argparse.Namespace) -> loader.Resolved:
+    """The configuration that a command was given."""
     layers = [launch_env.accelerate_layer(os.environ), loader.command_line_layer(arguments.settings)]
     return loader.load(arguments.stage, arguments.config, [layer for layer in layers if layer is not None])

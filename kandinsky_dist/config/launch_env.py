@@ -15,7 +15,7 @@ from kandinsky_dist.config.loader import Layer
 from kandinsky_dist.errors import ConfigError
 
 ORIGIN = "accelerate"
-_PRECISIONS = {"no": "fp32", "bf16": "bf16"}
+_PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
 def accelerate_layer(environ: Mapping[str, str]) -> Layer | None:
@@ -33,7 +33,9 @@ def accelerate_layer(environ: Mapping[str, str]) -> Layer | None:
     values: dict[str, Any] = {}
     precision = environ["ACCELERATE_MIXED_PRECISION"]
     if precision not in _PRECISIONS:
-        raise ConfigError(f"mixed_precision={precision} ({ORIGIN}) is not served: use bf16, or no for fp32")
+        raise ConfigError(
+            f"mixed_precision={precision} ({ORIGIN}) is not served: use bf16, fp16, or no for fp32"
+        )
     values["parallel.precision"] = _PRECISIONS[precision]
     if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
         values.update(_deepspeed(environ))
@@ -59,8 +61,9 @@ def _deepspeed(environ: Mapping[str, str]) -> dict[str, Any]:
         found = settings.get("zero_optimization", {}).get("stage", "auto")
         stage = stage if found == "auto" else found
         # With a file of DeepSpeed's, accelerate takes the precision from there.
-        if settings.get("bf16", {}).get("enabled") is True:
-            values["parallel.precision"] = "bf16"
+        for precision in ("bf16", "fp16"):
+            if settings.get(precision, {}).get("enabled") is True:
+                values["parallel.precision"] = precision
     values["parallel.strategy"] = f"zero{stage}"
     clipping = environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")
     if clipping not in ("none", "auto"):

@@ -157,6 +157,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _int_or_text(loader: _Loader, node: yaml.ScalarNode) -> int | str:
+    """20:24 is a range of steps; YAML 1.1 would read a number to the base of 60."""
+    return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _int_or_text)
+
+
 def _kind_of(key: str) -> Any:
     section, _, name = key.partition(".")
     return typing.get_type_hints(SECTIONS[section])[name]

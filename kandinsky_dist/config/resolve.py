@@ -5,8 +5,10 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from kandinsky_dist.config.engine_rules import engine_problems
 from kandinsky_dist.config.loader import DEFAULT_ORIGIN, Resolved
 from kandinsky_dist.config.schema import KEYS, Config, DataConfig
+from kandinsky_dist.config.stretches import stretches
 from kandinsky_dist.errors import ConfigError
 
 _POSITIVE = (
@@ -21,6 +23,9 @@ _POSITIVE = (
     "parallel.bucket_mib",
     "checkpoint.every_steps",
     "guard.spike_patience_steps",
+    "watchdog.start_seconds",
+    "watchdog.pause_seconds",
+    "watchdog.heartbeat_seconds",
     "telemetry.log_every_steps",
     "validation.num_samples",
     "model.lora_rank",
@@ -30,6 +35,9 @@ _NOT_NEGATIVE = (
     "guard.max_nonfinite_steps",
     "guard.spike_threshold",
     "guard.max_rollbacks",
+    "watchdog.step_seconds",
+    "run.time_limit_seconds",
+    "run.time_margin_seconds",
     "run.seed",
     "data.num_workers",
     "optim.lr_warmup_steps",
@@ -41,7 +49,7 @@ _NOT_NEGATIVE = (
     "validation.every_steps",
 )
 _SHARES = ("data.caption_dropout", "data.image_embedding_dropout", "optim.adam_beta1", "optim.adam_beta2")
-_WHOLE_SHARES = ("data.horizontal_flip", "data.max_bad_fraction")
+_WHOLE_SHARES = ("data.horizontal_flip", "data.max_bad_fraction", "watchdog.straggler_share")
 
 
 def check(resolved: Resolved, *, world_size: int) -> None:
@@ -52,16 +60,33 @@ def check(resolved: Resolved, *, world_size: int) -> None:
         raise ConfigError(problem)
 
 
-def problems(resolved: Resolved, *, world_size: int) -> Iterator[str]:
-    """Every broken rule, one line each."""
+def check_precompute(config: Config) -> None:
+    """Raises what keeps a corpus from being encoded in advance as a ConfigError."""
+    data = config.data
+    if data.mixture:
+        raise ConfigError("data.mixture is set: precompute one corpus of it at a time, as data.shards")
+    if data.source != "raw":
+        raise ConfigError(
+            f"data.source={data.source}: precompute reads images and captions, with data.source=raw"
+        )
+    for problem in _one_view(data, "precompute"):
+        raise ConfigError(problem)
+
+
+def problems(resolved: Resolved, *, world_size: int, is_elsewhere: bool = False) -> Iterator[str]:
+    """Every broken rule, one line each; of a run elsewhere not those about its corpus and packages."""
     config = resolved.config
     yield from _ranges(config)
     yield from _stage_keys(resolved)
     yield from _batch_arithmetic(config, world_size)
+    if not is_elsewhere:
+        yield from _corpus(config.data)
     yield from _combinations(resolved)
-    yield from _sharding(resolved, world_size)
-    yield from _reduction(resolved)
-    yield from _packages(config)
+    yield from engine_problems(resolved, world_size)
+    yield from _watchdog(config)
+    yield from _profiling(resolved, world_size)
+    if not is_elsewhere:
+        yield from _packages(config)
 
 
 def num_micro(config: Config, *, world_size: int) -> int:
@@ -132,7 +157,12 @@ def _batch_arithmetic(config: Config, world_size: int) -> Iterator[str]:
 
 def _combinations(resolved: Resolved) -> Iterator[str]:
     config = resolved.config
-    yield from _corpus(config.data)
+    yield from _cached(config.data)
+    if resolved.origins["data.group_by_length"] != DEFAULT_ORIGIN and config.data.source != "cached":
+        yield (
+            f"data.group_by_length={config.data.group_by_length} needs data.source=cached: how long captions "
+            "are is not known before they are read"
+        )
     if config.validation.every_steps and config.validation.shards is None:
         yield (
             f"validation.every_steps={config.validation.every_steps} needs validation.shards; "
@@ -155,54 +185,24 @@ def _combinations(resolved: Resolved) -> Iterator[str]:
             yield f"{key}={config.get(key)} needs guard.spike_threshold above 0"
     if resolved.origins["model.lora_rank"] != DEFAULT_ORIGIN and config.model.variant != "lora":
         yield f"model.lora_rank={config.model.lora_rank} needs model.variant=lora"
+    if config.parallel.attention == "xformers" and config.stage == "prior":
+        yield "parallel.attention=xformers applies to the decoder only; the prior runs torch's own: use sdpa"
     for key in config.run.allow_change:
         if key not in KEYS:
             yield f"run.allow_change lists {key}, which is no key"
 
 
-def _sharding(resolved: Resolved, world_size: int) -> Iterator[str]:
-    parallel = resolved.config.parallel
-    for name in ("shard_size", "reshard_after_forward", "prefetch_blocks"):
-        key = f"parallel.{name}"
-        if parallel.strategy != "fsdp2" and resolved.origins[key] != DEFAULT_ORIGIN:
-            yield f"{key}={getattr(parallel, name)} needs parallel.strategy=fsdp2, it is {parallel.strategy}"
-    if parallel.strategy == "fsdp2" and resolved.origins["parallel.bucket_mib"] != DEFAULT_ORIGIN:
-        yield (
-            f"parallel.bucket_mib={parallel.bucket_mib} does nothing under fsdp2, where each block is a "
-            "bucket: remove it"
-        )
-    if parallel.shard_size > 0 and world_size % parallel.shard_size:
-        yield f"parallel.shard_size={parallel.shard_size} must divide the number of ranks, {world_size}"
-
-
-def _reduction(resolved: Resolved) -> Iterator[str]:
-    parallel = resolved.config.parallel
-    is_set = {
-        name: resolved.origins[f"parallel.{name}"] != DEFAULT_ORIGIN
-        for name in ("bucket_mib", "first_bucket_mib", "overlap", "static_graph", "gradient_compression")
-    }
-    for name in ("first_bucket_mib", "static_graph", "gradient_compression"):
-        if is_set[name] and parallel.strategy != "ddp":
-            yield (
-                f"parallel.{name}={getattr(parallel, name)} needs parallel.strategy=ddp, it is "
-                f"{parallel.strategy}"
-            )
-    if is_set["overlap"] and parallel.overlap and parallel.strategy == "zero0":
-        yield "parallel.overlap=True needs another strategy than zero0, which reduces after backward: use ddp"
-    if not parallel.overlap and parallel.strategy == "fsdp2":
-        yield "parallel.overlap=False needs ddp or a zero strategy; fsdp2 always reduces beside backward"
-    if not parallel.overlap and parallel.strategy == "ddp":
-        for name in ("bucket_mib", "first_bucket_mib"):
-            if is_set[name]:
-                yield (
-                    f"parallel.{name}={getattr(parallel, name)} does nothing with overlap=False, where all "
-                    "gradients are one bucket: remove it"
-                )
-    if parallel.first_bucket_mib > parallel.bucket_mib:
-        yield (
-            f"parallel.first_bucket_mib={parallel.first_bucket_mib} must not be above bucket_mib="
-            f"{parallel.bucket_mib}: it is there to be smaller"
-        )
+def _profiling(resolved: Resolved, world_size: int) -> Iterator[str]:
+    telemetry = resolved.config.telemetry
+    try:
+        stretches(telemetry.profile)
+    except ConfigError as error:
+        yield str(error)
+    if resolved.origins["telemetry.profile_ranks"] != DEFAULT_ORIGIN and not telemetry.profile:
+        yield f"telemetry.profile_ranks={list(telemetry.profile_ranks)} needs telemetry.profile"
+    for rank in telemetry.profile_ranks:
+        if not 0 <= rank < world_size:
+            yield f"telemetry.profile_ranks has {rank}; ranks go from 0 to {world_size - 1}"
 
 
 def _corpus(data: DataConfig) -> Iterator[str]:
@@ -228,6 +228,36 @@ def _corpus(data: DataConfig) -> Iterator[str]:
         yield "data.shards=pipe:... runs a shell command: allow it with data.allow_pipe=true"
 
 
+def _cached(data: DataConfig) -> Iterator[str]:
+    if data.source == "cached":
+        yield from _one_view(data, "data.source=cached")
+
+
+def _one_view(data: DataConfig, what: str) -> Iterator[str]:
+    """What cannot be chosen where a sample was encoded once."""
+    if data.random_crop:
+        yield f"data.random_crop=True needs data.source=raw: {what} has one crop of an image, its middle"
+    if len(data.captions) > 1:
+        yield (
+            f"data.captions={list(data.captions)} chooses among captions, and {what} has one of a sample: "
+            "name that one, or train with data.source=raw"
+        )
+
+
+def _watchdog(config: Config) -> Iterator[str]:
+    watchdog = config.watchdog
+    if watchdog.step_seconds == 0:
+        return
+    if watchdog.step_seconds < 5 * watchdog.heartbeat_seconds:
+        yield (
+            f"watchdog.step_seconds={watchdog.step_seconds} must be at least 5 x watchdog.heartbeat_seconds "
+            f"({watchdog.heartbeat_seconds}): a late sign of life is no silence; 0 switches the watchdog off"
+        )
+    for key in ("watchdog.start_seconds", "watchdog.pause_seconds"):
+        if config.get(key) < watchdog.step_seconds:
+            yield f"{key}={config.get(key)} must not be below watchdog.step_seconds={watchdog.step_seconds}"
+
+
 def _is_weight(text: str) -> bool:
     try:
         return 0 < float(text) < math.inf
@@ -244,8 +274,9 @@ def _packages(config: Config) -> Iterator[str]:
         ),
         (config.parallel.attention == "xformers", "xformers", "parallel.attention=xformers"),
         (config.model.variant == "lora", "peft", "model.variant=lora"),
+        (config.parallel.float8, "torchao", "parallel.float8=true"),
     ]
     for is_needed, package, why in needs:
         if is_needed and importlib.util.find_spec(package) is None:
-            extra = "lora" if package == "peft" else package
+            extra = {"peft": "lora", "torchao": "float8"}.get(package, package)
             yield f"{why} needs the package {package}: pip install 'kandinsky-dist[{extra}]'"

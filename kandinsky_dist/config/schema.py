@@ -23,7 +23,19 @@ class RunConfig:
     dir: str = option("runs/{stage}", "run folder; {stage} is replaced by prior or decoder")
     seed: int = option(0, "seed of data order, captions, noise and timesteps")
     max_steps: int = option(1000, "optimizer steps in all, restarts included")
-    resume: str = option("auto", "auto: continue the run folder's newest whole checkpoint; never; or a PATH")
+    time_limit_seconds: float = option(
+        0.0,
+        "seconds after which this start saves itself and ends with 75; 0: before the end of the Slurm job, "
+        "where there is one",
+    )
+    time_margin_seconds: float = option(
+        60.0, "seconds that are left for the way out when the last checkpoint of a limited start is written"
+    )
+    resume: str = option(
+        "auto",
+        "auto: continue the run folder's newest whole checkpoint; never; or the PATH of another run or one "
+        "of its checkpoints, to begin with it where the run has none of its own yet",
+    )
     allow_change: tuple[str, ...] = option(
         (), "keys that may differ from those of the run that is resumed, e.g. [run.seed]"
     )
@@ -35,6 +47,11 @@ class ModelConfig:
 
     prior: str = option("kandinsky-community/kandinsky-2-2-prior", "prior pipeline: prior, CLIP, tokenizer")
     decoder: str = option("kandinsky-community/kandinsky-2-2-decoder", "decoder pipeline: U-Net, MoVQ")
+    weights: str | None = option(
+        None,
+        "folder with other initial weights of the trained network, as save_pretrained makes it, e.g. unet/ "
+        "of another training; all else is the pipeline's",
+    )
     variant: Literal["full", "lora"] = option("full", "full: every weight is trained; lora: adapters")
     lora_rank: int = option(4, "rank of the adapters (variant=lora)")
 
@@ -49,14 +66,17 @@ class DataConfig:
     mixture: tuple[str, ...] = option(
         (), "several corpora in place of shards, each SHARDS=WEIGHT, e.g. [/a=0.7,/b=0.3]"
     )
-    source: Literal["raw", "stream"] = option(
+    source: Literal["raw", "cached", "stream"] = option(
         "raw",
-        "raw: images and captions, encoded as they are trained on; stream: the same from tars without a "
-        "manifest, in random order without end, which cannot be resumed exactly",
+        "raw: images and captions, encoded as they are trained on; cached: shards that `precompute` made of "
+        "them, trained on without loading an encoder; stream: raw from tars without a manifest, in random "
+        "order without end, which cannot be resumed exactly",
     )
     allow_pipe: bool = option(False, "let source=stream run pipe: shards, which are shell commands")
     num_workers: int = option(
-        2, "decoding threads a rank, in one process for every 4; 0 decodes in the training process"
+        2,
+        "decoding threads a rank, in one process for every 4; 0 decodes in the training process; with "
+        "source=cached, threads of the training process that read ahead",
     )
     read_ahead_mib: int = option(256, "remote shards: MiB fetched in advance by each decoding process")
     cache_dir: str | None = option(
@@ -86,6 +106,12 @@ class DataConfig:
     )
     caption_dropout: float = option(
         0.1, "share of captions replaced by '' for guidance, 0 to 1", stage="prior"
+    )
+    group_by_length: bool = option(
+        True,
+        "source=cached: captions of one length share a micro-batch, so that little is padded; which samples "
+        "make a step stays as it is",
+        stage="prior",
     )
     image_embedding_dropout: float = option(
         0.1, "share of image embeddings replaced by that of a black image, 0 to 1", stage="decoder"
@@ -138,7 +164,17 @@ class ParallelConfig:
     """How the model is spread over ranks and in which arithmetic it runs."""
 
     strategy: Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"] = option("ddp", "engine")
-    precision: Literal["auto", "fp32", "bf16"] = option("auto", "auto: bf16 on a GPU, fp32 on a CPU")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto",
+        "type of matrix products; masters stay fp32; auto: bf16 on a GPU, fp32 on a CPU; fp16 scales the "
+        "loss, and skips steps that overflow until the scale fits",
+    )
+    float8: bool = option(
+        False,
+        "multiply the matrices of the prior's layers in float8 (ddp and fsdp2 in bf16, compute capability "
+        "8.9 or more); weights, moments and checkpoints are those without it",
+        stage="prior",
+    )
     bucket_mib: float = option(25.0, "gradient bucket, MiB of the communicated type")
     first_bucket_mib: float = option(
         0.0, "ddp: smaller first bucket, MiB, so that reduction starts early; 0: as large as the others"
@@ -164,8 +200,22 @@ class ParallelConfig:
     prefetch_blocks: int = option(1, "fsdp2: blocks whose weights are gathered ahead")
     ds_config: str | None = option(None, "DeepSpeed file in place of ds_configs/<strategy>.json")
     gradient_checkpointing: bool = option(False, "recompute blocks in backward: less memory, more time")
-    attention: Literal["sdpa", "xformers"] = option(
-        "sdpa", "attention kernels; the prior always runs torch's own", stage="decoder"
+    compile: bool = option(
+        False, "compile the repeated layers, those of the frozen encoders too; minutes at the first start"
+    )
+    compile_cache: str | None = option(
+        None,
+        "folder for compiled code, shared by ranks and later starts; null: TORCHINDUCTOR_CACHE_DIR, or "
+        "compile_cache in the run folder",
+    )
+    attention: Literal["sdpa", "flash", "efficient", "cudnn", "xformers"] = option(
+        "sdpa",
+        "attention kernels of the trained network; sdpa: torch chooses; flash, efficient, cudnn: that one of "
+        "torch's, which must be there for the device and precision (flash takes no mask on a GPU); xformers: "
+        "the decoder only",
+    )
+    channels_last: bool | None = option(
+        None, "lay pictures out pixel by pixel for convolutions; null: on a GPU only", stage="decoder"
     )
 
 
@@ -205,6 +255,29 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchdogConfig:
+    """When a run counts as hung: it ends with exit code 1 and names the rank that did not arrive."""
+
+    start_seconds: float = option(
+        1800.0, "longest that a rank may be in one phase until it has done two steps: compilation, restoring"
+    )
+    step_seconds: float = option(
+        600.0, "the same for each phase of a later step, and longest silence of a process; 0: watchdog off"
+    )
+    pause_seconds: float = option(
+        3600.0, "the same for saving, validation and going back; all three must outlast a slow run's slowest"
+    )
+    heartbeat_seconds: float = option(
+        10.0, "between two signs of life of a rank in RUN/heartbeat; more than 500 ranks give them less often"
+    )
+    straggler_share: float = option(
+        0.1,
+        "a rank that takes this share of a step longer than the ranks' middle for what it does without the "
+        "others is named; 0: none is",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TelemetryConfig:
     """What is measured and where it goes."""
 
@@ -212,6 +285,12 @@ class TelemetryConfig:
         10, "optimizer steps between log entries; device scalars are read only then"
     )
     report_to: tuple[Literal["tensorboard"], ...] = option(("tensorboard",), "sinks beside metrics.jsonl")
+    profile: tuple[str, ...] = option(
+        (),
+        "steps of which a torch profiler trace, and on a GPU a memory snapshot, goes to profile/ in the run "
+        "folder: [20,24] or first:last as 20:24",
+    )
+    profile_ranks: tuple[int, ...] = option((0,), "ranks that write profiles")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,6 +315,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 

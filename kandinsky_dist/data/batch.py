@@ -1,9 +1,10 @@
 """A micro-batch, and what is said of samples that had to be replaced in it.
 
-Letters of shapes: B samples, C 3 channels, H and W pixels, L tokens of the longest caption, rounded up.
+Letters of shapes: B samples, C channels, H and W sides of pixels or latents, L tokens of the longest
+caption, rounded up, D widths.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,15 +26,26 @@ class BadSample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one micro-batch; a part that was not asked for is None."""
+    """Samples of one micro-batch; a part that was not asked for is None.
+
+    Attributes:
+        clip_pixels_BCHW, pixels_BCHW: uint8.
+        token_mask_BL: which tokens, or text states, are a caption's: the first ones.
+        image_embeds_BD, text_embeds_BD, text_states_BLD, latents_BCHW: encoder outputs that were computed in
+            advance, in the type in which they are kept; zeros behind the states of a shorter caption.
+    """
 
     positions_B: Tensor
-    keys: list[str]
+    keys: Sequence[str]
     clip_pixels_BCHW: Tensor | None
     pixels_BCHW: Tensor | None
     token_ids_BL: Tensor | None
     token_mask_BL: Tensor | None
     bad_samples: tuple[BadSample, ...] = ()
+    image_embeds_BD: Tensor | None = None
+    text_embeds_BD: Tensor | None = None
+    text_states_BLD: Tensor | None = None
+    latents_BCHW: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -77,10 +77,38 @@ class Captions:
         return float(uniform(self.seed, stream, position))
 
 
+@dataclass(frozen=True)
+class SoleCaption(Captions):
+    """The caption of samples that have no choice, whatever their position."""
+
+    def choose(self, members: Mapping[str, bytes], position: int, name: str) -> str:
+        """The only caption of a sample.
+
+        Raises:
+            SampleError: it has none, or one that cannot be read.
+            ConfigError: it has several.
+        """
+        (source,) = self.sources
+        texts = _texts(source, members, name)
+        if not texts:
+            raise SampleError(f"{name}: has no caption in {_written(source)}")
+        if len(texts) > 1:
+            raise ConfigError(
+                f"{name}: has {len(texts)} captions in {_written(source)}, and encoder outputs are kept of "
+                "one: name a source with one in data.captions, or train with data.source=raw"
+            )
+        return texts[0]
+
+
 def dropped(captions: Sequence[str], positions_B: npt.NDArray, *, share: float, seed: int) -> list[str]:
     """Captions of which a share, chosen by position alone, is replaced by ""."""
-    drops = uniform(seed, Stream.CAPTION_DROPOUT, positions_B) < share
-    return ["" if drop else caption for drop, caption in zip(drops, captions, strict=True)]
+    drops_B = caption_drops(positions_B, share=share, seed=seed)
+    return ["" if drop else caption for drop, caption in zip(drops_B, captions, strict=True)]
+
+
+def caption_drops(positions_B: npt.NDArray, *, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """At which positions the caption is replaced by ""."""
+    return uniform(seed, Stream.CAPTION_DROPOUT, positions_B) < share
 
 
 def _texts(source: CaptionSource, members: Mapping[str, bytes], name: str) -> list[str]:

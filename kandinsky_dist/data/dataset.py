@@ -9,14 +9,14 @@ Letters of shapes: B samples.
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from kandinsky_dist.data.batch import BadSample, Batch
 from kandinsky_dist.data.order import NUM_ATTEMPTS, Order, Places
-from kandinsky_dist.data.rows import Rows, Views
-from kandinsky_dist.data.storage import Storage
+from kandinsky_dist.data.storage import Sample, Storage
 from kandinsky_dist.data.tables import Place
 from kandinsky_dist.errors import DataError, SampleError
 
@@ -24,8 +24,37 @@ NUM_AHEAD = 2
 """Micro-batches that are being put together behind the one that is next."""
 
 
+class Rows(Protocol):
+    """A batch that is being put together: rows in any order and by several threads, then `finish`."""
+
+    positions_B: npt.NDArray[np.int64]
+
+    def put(self, row: int, sample: Sample, name: str) -> None:
+        """Takes a sample for a row; raises SampleError where it is damaged, and can be asked again."""
+        ...
+
+    def finish(self, bad_samples: Sequence[BadSample]) -> Batch:
+        """The batch, every row of which has been put."""
+        ...
+
+
+class Views(Protocol):
+    """What is wanted of each sample."""
+
+    @property
+    def extensions(self) -> frozenset[str]:
+        """Members of a sample that are read."""
+        ...
+
+    def rows(self, positions_B: npt.NDArray[np.int64], aspect: int) -> Rows:
+        """A batch to be put together, all of one aspect bucket."""
+        ...
+
+
 class ShardDataset:
     """What a run is trained on: which samples, from where, seen how."""
+
+    in_process = False
 
     def __init__(self, order: Order, views: Views, storage: Storage) -> None:
         self.order = order
@@ -103,7 +132,7 @@ class Assembly:
         (aspect,) = set(places.aspects_B.tolist())  # the order gives a global batch of one bucket
         self._dataset = dataset
         self._places = places.each()
-        self._rows = Rows(dataset.views, positions_B, aspect)
+        self._rows = dataset.views.rows(positions_B, aspect)
         self._bad: dict[int, list[BadSample]] = {}
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -34,7 +35,14 @@ logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """Where samples come from."""
+    """Where samples come from.
+
+    Attributes:
+        in_process: whether `batches` takes so little of the interpreter's time that worker processes would
+            only add the handing over.
+    """
+
+    in_process: bool
 
     @property
     def num_samples(self) -> int | None:
@@ -50,7 +58,9 @@ class Loader:
     """Feeds one rank of `world_size`.
 
     Rank r takes the positions p of a global batch with p = r (mod world_size), cut in order into
-    micro-batches: what all ranks together see at a step does not depend on how many they are.
+    micro-batches: what all ranks together see at a step does not depend on how many they are. Nor does it
+    where samples of one length are put together: the global batch, sorted by length, is cut into
+    micro-batches, of which rank r takes those numbered r (mod world_size), so that all have as much to do.
 
     Attributes:
         data_wait_seconds: time spent waiting for data since the start, for the meter.
@@ -66,7 +76,19 @@ class Loader:
         world_size: int,
         num_workers: int,
         device: torch.device | str,
+        lengths: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]] | None = None,
     ) -> None:
+        """Sets up the loader.
+
+        Args:
+            source: of the samples.
+            global_batch_size, micro_batch_size: samples of a step of all ranks, and of a forward pass of one.
+            rank, world_size: of this process.
+            num_workers: decoding threads.
+            device: that batches are put on.
+            lengths: of the samples at some positions, the same on every rank, to put those of one length into
+                one micro-batch in training; None takes them as they come.
+        """
         assert global_batch_size % (micro_batch_size * world_size) == 0
         self.source = source
         self.global_batch_size = global_batch_size
@@ -76,6 +98,7 @@ class Loader:
         self.world_size = world_size
         self.num_workers = num_workers
         self.device = torch.device(device)
+        self._lengths = lengths
         self.data_wait_seconds = 0.0
 
     def steps(self, samples_consumed: int) -> Generator[list[Batch], None, None]:
@@ -119,13 +142,19 @@ class Loader:
         finally:
             batches.close()
 
-    def _training_lists(self, samples_consumed: int) -> Iterator[range]:
+    def _training_lists(self, samples_consumed: int) -> Iterator[Sequence[int]]:
         """Positions of this rank's micro-batches, for ever."""
         base = samples_consumed
         while True:
-            mine = range(base + self.rank, base + self.global_batch_size, self.world_size)
-            for first in range(0, len(mine), self.micro_batch_size):
-                yield mine[first : first + self.micro_batch_size]
+            if self._lengths is None:
+                mine = range(base + self.rank, base + self.global_batch_size, self.world_size)
+                for first in range(0, len(mine), self.micro_batch_size):
+                    yield mine[first : first + self.micro_batch_size]
+            else:
+                positions = np.arange(base, base + self.global_batch_size)
+                # The longest first: what does not fit into memory shows at once.
+                by_length = positions[np.argsort(-self._lengths(positions), kind="stable")]
+                yield from by_length.reshape(-1, self.micro_batch_size)[self.rank :: self.world_size].tolist()
             base += self.global_batch_size
 
     def _timed_next(self, batches: Iterator[Batch]) -> Batch:
@@ -137,8 +166,8 @@ class Loader:
 
     def _batches(self, lists: Callable[[], Iterator[Sequence[int]]]) -> Generator[Batch, None, None]:
         """Batches on the host, in the order of the lists; a worker that dies is replaced where it was."""
-        if self.num_workers == 0:
-            for batch in self.source.batches(lists(), 0):
+        if self.num_workers == 0 or self.source.in_process:
+            for batch in self.source.batches(lists(), self.num_workers):
                 yield batch.pin_memory() if self.device.type == "cuda" else batch
             return
         num_delivered, num_deaths = 0, 0

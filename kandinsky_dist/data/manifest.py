@@ -31,6 +31,7 @@ class Shard:
     Attributes:
         fingerprint: hexadecimal, that of `tarwalk.TarTable`.
         aspect_counts: samples in each aspect bucket.
+        order_bytes: of the shard that it was made from, by which the order goes; None: of its own.
     """
 
     tar: str
@@ -39,6 +40,7 @@ class Shard:
     num_bytes: int
     fingerprint: str
     aspect_counts: tuple[int, ...]
+    order_bytes: int | None = None
 
 
 def row_of(index: ShardIndex, tar: str, sidecar: str) -> Shard:
@@ -54,6 +56,7 @@ def row_of(index: ShardIndex, tar: str, sidecar: str) -> Shard:
         int(index.metadata["num_bytes"]),
         index.metadata["fingerprint"],
         tuple(index.aspect_counts().tolist()),
+        int(index.metadata["order_bytes"]) if "order_bytes" in index.metadata else None,
     )
 
 
@@ -70,6 +73,8 @@ class Manifest:
         aspect_counts_SA: samples of each shard in each aspect bucket.
         selected_N: the samples' numbers inside their shards, shard by shard and ascending, if the corpus is
             only a part of them; None if it is all.
+        order_bytes_S: lengths by which the order goes instead of `num_bytes_S`: those of the shards that
+            these were made from, so that both corpora have one order.
     """
 
     root: str
@@ -80,6 +85,7 @@ class Manifest:
     fingerprints_SF: npt.NDArray[np.uint8]
     aspect_counts_SA: npt.NDArray[np.int64]
     selected_N: npt.NDArray[np.uint32] | None = None
+    order_bytes_S: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def of(
@@ -87,6 +93,12 @@ class Manifest:
     ) -> "Manifest":
         """A manifest of these shards."""
         prints = b"".join(bytes.fromhex(shard.fingerprint) for shard in shards)
+        order_bytes_S = None
+        if any(shard.order_bytes is not None for shard in shards):
+            order_bytes = [
+                shard.num_bytes if shard.order_bytes is None else shard.order_bytes for shard in shards
+            ]
+            order_bytes_S = np.array(order_bytes, np.int64)
         return cls(
             str(root),
             Texts.of([shard.tar for shard in shards]),
@@ -96,6 +108,7 @@ class Manifest:
             np.frombuffer(prints, np.uint8).reshape(len(shards), FINGERPRINT_BYTES),
             np.array([shard.aspect_counts for shard in shards], np.int64).reshape(len(shards), NUM_ASPECTS),
             selected_N,
+            order_bytes_S,
         )
 
     def __len__(self) -> int:
@@ -107,12 +120,19 @@ class Manifest:
         return int(self.num_samples_S.sum())
 
     @cached_property
+    def order_bytes(self) -> int:
+        """Length of all tars, as the order takes it to be."""
+        return int((self.num_bytes_S if self.order_bytes_S is None else self.order_bytes_S).sum())
+
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 over names and content of the shards and what was selected; not over where they lie."""
         digest = hashlib.sha256()
         digest.update("\n".join(base_name(tar) for tar in self.tars).encode("utf-8", "surrogateescape"))
         for column in (self.num_samples_S, self.fingerprints_SF, self.aspect_counts_SA, self.selected_N):
             digest.update(b"-" if column is None else np.ascontiguousarray(column).data)
+        if self.order_bytes_S is not None:
+            digest.update(np.ascontiguousarray(self.order_bytes_S).data)
         return digest.hexdigest()
 
     @cached_property
@@ -129,6 +149,7 @@ class Manifest:
             int(self.num_bytes_S[shard]),
             self.fingerprints_SF[shard].tobytes().hex(),
             tuple(self.aspect_counts_SA[shard].tolist()),
+            None if self.order_bytes_S is None else int(self.order_bytes_S[shard]),
         )
 
     def tar(self, shard: int) -> str:
@@ -165,6 +186,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     }
     if manifest.selected_N is not None:
         columns["selected"] = manifest.selected_N
+    if manifest.order_bytes_S is not None:
+        columns["order_bytes"] = manifest.order_bytes_S
     about = {
         "version": MANIFEST_VERSION,
         "aspects": " ".join(f"{aspect:.6f}" for aspect in ASPECTS),
@@ -210,6 +233,7 @@ def load_manifest(root: str, remedy: str, data: bytes | None = None) -> Manifest
             column("fingerprints", np.uint8),
             column("aspect_counts", np.int64),
             column("selected", np.uint32) if "selected" in header else None,
+            column("order_bytes", np.int64) if "order_bytes" in header else None,
         )
     except FileNotFoundError:
         raise DataError(f"{root} has no {MANIFEST_NAME}; run: {remedy}") from None
@@ -224,6 +248,14 @@ def concatenate(manifests: Sequence[Manifest]) -> Manifest:
     selected_N = None
     if any(manifest.selected_N is not None for manifest in manifests):
         selected_N = np.concatenate([_selected_or_all(manifest) for manifest in manifests])
+    order_bytes_S = None
+    if any(manifest.order_bytes_S is not None for manifest in manifests):
+        order_bytes_S = np.concatenate(
+            [
+                manifest.num_bytes_S if manifest.order_bytes_S is None else manifest.order_bytes_S
+                for manifest in manifests
+            ]
+        )
     return Manifest(
         "",
         Texts.of([manifest.tar(shard) for manifest in manifests for shard in range(len(manifest))]),
@@ -233,6 +265,7 @@ def concatenate(manifests: Sequence[Manifest]) -> Manifest:
         np.concatenate([manifest.fingerprints_SF for manifest in manifests]),
         np.concatenate([manifest.aspect_counts_SA for manifest in manifests]),
         selected_N,
+        order_bytes_S,
     )
 
 

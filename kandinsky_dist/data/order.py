@@ -190,7 +190,7 @@ class Order:
                 seed = (
                     self._seed if (number, aspect) == (0, WHOLE) else _branch_seed(self._seed, number, aspect)
                 )
-                num_bytes = int(manifest.num_bytes_S.sum()) * int(counts_S.sum()) // manifest.num_samples
+                num_bytes = manifest.order_bytes * int(counts_S.sum()) // manifest.num_samples
                 leaves.append(Leaf(counts_S, num_bytes, seed=seed, first_shard=first_shard, aspect=aspect))
                 rates.append(share)
             first_shard += len(manifest)

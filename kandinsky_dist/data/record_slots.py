@@ -1,4 +1,4 @@
-"""Where records of one fixed size lie, worked out for many samples at once.
+"""Where records lie, worked out for many samples at once.
 
 Letters of shapes: B samples, N samples of a shard.
 """
@@ -34,12 +34,9 @@ class OpenShard:
         descriptor: of the file, closed with the last reference to this.
         offsets_N, sizes_N: of the records in bytes, MISSING where there is none.
         checksums_N: their CRC-32, -1 where unknown.
-        is_uniform: whether all of them have the expected size.
     """
 
-    def __init__(
-        self, manifest: Manifest, shard: int, table: Table, extension: str, record_bytes: int
-    ) -> None:
+    def __init__(self, manifest: Manifest, shard: int, table: Table, extension: str) -> None:
         self.descriptor = -1
         self.name = manifest.tars[shard]
         self.path = manifest.tar(shard)
@@ -54,7 +51,6 @@ class OpenShard:
             self.checksums_N = table.index.checksums_NE[:, column]
         else:
             self.offsets_N = self.sizes_N = self.checksums_N = np.full(len(table.index), MISSING)
-        self.is_uniform = bool((self.sizes_N == record_bytes).all())
         try:
             self.descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -86,18 +82,19 @@ class Slots:
 
     Attributes:
         shards: by number; may have more than these samples need.
+        aspects_B: buckets by which they were asked for; see `tables.Place`.
         rows_B: of the sidecars.
-        offsets_B: in bytes.
+        offsets_B, sizes_B: in bytes, MISSING where a sample has no such member.
         checksums_B: CRC-32, -1 where unknown.
-        odd: sizes that are not the expected one, by row of the batch.
     """
 
     shards: dict[int, OpenShard]
     shards_B: npt.NDArray[np.int32]
+    aspects_B: npt.NDArray[np.int8]
     rows_B: Int64s
     offsets_B: Int64s
+    sizes_B: Int64s
     checksums_B: Int64s
-    odd: dict[int, int]
 
     def __len__(self) -> int:
         return len(self.rows_B)
@@ -105,9 +102,14 @@ class Slots:
     def part(self, start: int, end: int) -> "Slots":
         """Those of one batch."""
         cut = slice(start, end)
-        odd = {row - start: size for row, size in self.odd.items() if start <= row < end}
         return Slots(
-            self.shards, self.shards_B[cut], self.rows_B[cut], self.offsets_B[cut], self.checksums_B[cut], odd
+            self.shards,
+            self.shards_B[cut],
+            self.aspects_B[cut],
+            self.rows_B[cut],
+            self.offsets_B[cut],
+            self.sizes_B[cut],
+            self.checksums_B[cut],
         )
 
     def put(self, row: int, other: "Slots") -> None:
@@ -136,10 +138,9 @@ class Slots:
 class SlotFinder:
     """The open shards of a local corpus, those last used kept open. For several threads."""
 
-    def __init__(self, manifest: Manifest, extension: str, record_bytes: int) -> None:
+    def __init__(self, manifest: Manifest, extension: str) -> None:
         self._manifest = manifest
         self._extension = extension
-        self._record_bytes = record_bytes
         self._tables = Tables(manifest)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = Lock()
@@ -151,8 +152,8 @@ class SlotFinder:
             DataError: a shard or its sidecar is gone or is not that of the manifest.
         """
         num = len(places.shards_B)
-        rows_B, offsets_B, checksums_B = np.empty((3, num), np.int64)
-        slots = Slots({}, places.shards_B, rows_B, offsets_B, checksums_B, {})
+        rows_B, offsets_B, sizes_B, checksums_B = np.empty((4, num), np.int64)
+        slots = Slots({}, places.shards_B, places.aspects_B, rows_B, offsets_B, sizes_B, checksums_B)
         by_shard = np.argsort(places.shards_B, kind="stable")
         starts = np.flatnonzero(np.diff(places.shards_B[by_shard], prepend=-1))
         for members in np.split(by_shard, starts[1:]) if num else ():
@@ -162,19 +163,14 @@ class SlotFinder:
                 rows = shard.rows(places.indices_B[members], places.aspects_B[members])
             rows_B[members] = rows
             offsets_B[members] = shard.offsets_N[rows]
+            sizes_B[members] = shard.sizes_N[rows]
             checksums_B[members] = shard.checksums_N[rows]
-            if not shard.is_uniform:
-                sizes = shard.sizes_N[rows]
-                odd = np.flatnonzero(sizes != self._record_bytes)
-                slots.odd.update(zip(members[odd].tolist(), sizes[odd].tolist(), strict=True))
         return slots
 
     def _shard(self, number: int) -> OpenShard:
         if number not in self._open:
             if len(self._open) >= MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)  # closed when the last batch that reads it is done
-            self._open[number] = OpenShard(
-                self._manifest, number, self._tables[number], self._extension, self._record_bytes
-            )
+            self._open[number] = OpenShard(self._manifest, number, self._tables[number], self._extension)
         self._open.move_to_end(number)
         return self._open[number]

@@ -57,6 +57,10 @@ class Views:
         captions = self.captions.extensions if self.captions else ()
         return frozenset((*(IMAGE_EXTENSIONS if has_images else ()), *captions))
 
+    def rows(self, positions_B: npt.NDArray[np.int64], aspect: int) -> "Rows":
+        """A batch to be put together."""
+        return Rows(self, positions_B, aspect)
+
 
 class Rows:
     """A batch that is being put together: rows in any order and by several threads, then `finish`.

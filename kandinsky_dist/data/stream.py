@@ -46,6 +46,7 @@ class StreamDataset:
     """
 
     num_samples: int | None = None
+    in_process = False
 
     def __init__(self, shards: str, views: Views, *, allow_pipe: bool) -> None:
         is_pipe = shards.startswith(PIPE)

@@ -3,6 +3,9 @@
 A step is bad if it is non-finite (it was skipped, or its loss is no number) or a spike (its loss lies far
 above those of the healthy steps before it). A single bad step is forgiven; enough of one kind in a row are a
 divergence.
+
+In fp16 a step that was skipped while the loss scale could still be lowered is neither bad nor healthy, if its
+loss is a number: the scale is looked for, and is found or at its least after a few steps.
 """
 
 import math
@@ -51,7 +54,12 @@ class Health:
     losses: list[float] = field(default_factory=list)
 
     def judge(
-        self, guard: GuardConfig, first_step: int, losses: Sequence[float], skipped: Sequence[bool]
+        self,
+        guard: GuardConfig,
+        first_step: int,
+        losses: Sequence[float],
+        skipped: Sequence[bool],
+        rescaled: Sequence[bool],
     ) -> Divergence | None:
         """Takes in steps one after another.
 
@@ -60,12 +68,16 @@ class Health:
             first_step: number of the first of the steps; they follow those that were judged before.
             losses: of each step, over all ranks.
             skipped: whether the optimizer left the step out.
+            rescaled: whether it did so and lowered the loss scale.
 
         Returns:
             The divergence that became certain first, the later steps not looked at; None for a healthy run.
         """
         del self.losses[: -guard.spike_window_steps]  # a window that was made smaller
-        for step, (loss, was_skipped) in enumerate(zip(losses, skipped, strict=True), start=first_step):
+        steps = zip(losses, skipped, rescaled, strict=True)
+        for step, (loss, was_skipped, was_rescaled) in enumerate(steps, start=first_step):
+            if was_rescaled and math.isfinite(loss):
+                continue
             if was_skipped or not math.isfinite(loss):
                 reason = self._take_nonfinite(guard)
             elif (limit := self._limit(guard)) is not None and loss > limit:

@@ -1,10 +1,13 @@
 """A network's blocks: the units that are recomputed, compiled or sharded, and which attention they run."""
 
+import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from kandinsky_dist.errors import ConfigError
@@ -58,15 +61,69 @@ class _Recomputed:
         return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
 
 
-def set_attention(module: nn.Module, attention: Literal["sdpa", "xformers"]) -> None:
-    """Chooses the attention kernels: torch's own (the default) or those of xformers.
+SDPA_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+"""Setting -> the one kernel that torch may then use; with "sdpa" it chooses by itself."""
+
+
+def set_attention(module: nn.Module, attention: str) -> None:
+    """Chooses the attention kernels: torch's own (the default), one kind of them, or those of xformers.
+
+    Call it before `enable_gradient_checkpointing`: what is recomputed in backward must take the same kernels.
 
     Raises:
         ConfigError: xformers is not installed, or there is no GPU for it.
     """
     if attention == "sdpa":
         return  # what diffusers builds
+    if attention in SDPA_KERNELS:
+        for layer in _layers(module):
+            layer.forward = _WithKernel(layer.forward, SDPA_KERNELS[attention])
+        return
     require("xformers", extra="xformers", why="parallel.attention=xformers")
     if not torch.cuda.is_available():
         raise ConfigError("parallel.attention=xformers needs a CUDA GPU and none is here; use sdpa")
     module.enable_xformers_memory_efficient_attention()  # type: ignore[operator]
+
+
+def check_attention(attention: str, device: torch.device, dtype: torch.dtype, *, is_masked: bool) -> None:
+    """Tries the kernel that `set_attention` will ask for, forward and backward, on a few values.
+
+    Args:
+        attention: parallel.attention.
+        device: of the run.
+        dtype: that the products run in.
+        is_masked: whether the network masks some tokens.
+
+    Raises:
+        ConfigError: torch has no such kernel for these.
+    """
+    if attention not in SDPA_KERNELS:
+        return
+    query_BHLD = torch.zeros(1, 1, 8, 64, device=device, dtype=dtype, requires_grad=True)
+    mask_BHLL = torch.zeros(1, 1, 8, 8, device=device, dtype=dtype) if is_masked else None
+    try:
+        with warnings.catch_warnings(), sdpa_kernel(SDPA_KERNELS[attention]):
+            warnings.simplefilter("ignore")  # torch's reasons, of which some are of kernels not asked for
+            scaled_dot_product_attention(query_BHLD, query_BHLD, query_BHLD, mask_BHLL).sum().backward()
+    except RuntimeError as error:
+        kind = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"parallel.attention={attention} has no kernel here for {kind} on {device.type}"
+            f"{' with a mask, which the prior needs' if is_masked else ''}; use sdpa"
+        ) from error
+
+
+class _WithKernel:
+    """A layer's forward, in which torch may use one kind of kernel only."""
+
+    def __init__(self, forward: Callable[..., Any], kernel: SDPBackend) -> None:
+        self.forward = forward
+        self.kernel = kernel
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(self.kernel):
+            return self.forward(*args, **kwargs)

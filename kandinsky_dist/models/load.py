@@ -4,7 +4,6 @@ import functools
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,6 @@ CONFIG_FILES = {"scheduler": "scheduler_config.json", "image_processor": "prepro
 WEIGHTLESS = ("scheduler", "image_processor", "tokenizer")
 WEIGHTS_NAMES = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 STATISTICS = ("clip_mean", "clip_std")
-NUM_BLOCKS, BLOCK_BYTES = 256, 4096
-"""What `weights_fingerprint` reads of a file: 1 MiB, whatever its size."""
 
 
 def pipeline_folder(name_or_path: str, key: str, components: Sequence[str]) -> Path:
@@ -126,29 +123,6 @@ def weight_files(folder: Path, library: str, problem: str) -> list[Path]:
     raise ConfigError(f"{problem} has no {folder.name}/{single.name}")
 
 
-def weights_fingerprint(folder: Path, components: Sequence[str]) -> str:
-    """Sha256 over some components' weight files: their sizes, and blocks of each from the first to the last.
-
-    Cheap for files of any size. Two trainings or two random initialisations differ; a change of a few values
-    may go unseen.
-
-    Args:
-        folder: pipeline folder, as `pipeline_folder` returned it.
-        components: those with weights.
-    """
-    digest = hashlib.sha256()
-    libraries = {name: item[0] for stage in COMPONENTS.values() for name, item in stage.items()}
-    for component in components:
-        for path in weight_files(folder / component, libraries[component], str(folder)):
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                digest.update(f"{component} {size}\n".encode())
-                for number in range(NUM_BLOCKS):
-                    file.seek(max(0, size - BLOCK_BYTES) * number // (NUM_BLOCKS - 1))
-                    digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()
-
-
 def _tensor_shapes(folder: Path, library: str, problem: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes from the files' headers; a truncated file is found by its header."""
     from safetensors import SafetensorError, safe_open
@@ -173,11 +147,18 @@ class ModelSource:
     folder: Path
     """Pipeline folder, as `pipeline_folder` returned it."""
     component: Component
+    other_weights: Path | None = None
+    """Folder whose weights take the place of the pipeline's, for a network of the same architecture."""
 
     @property
     def path(self) -> Path:
         """The component's own folder."""
         return self.folder / self.component
+
+    @property
+    def weights(self) -> Path:
+        """The folder with its weights."""
+        return self.other_weights or self.path
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -187,7 +168,7 @@ class ModelSource:
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every weight, from the files' headers."""
-        return _tensor_shapes(self.path, "diffusers", str(self.folder))
+        return _tensor_shapes(self.weights, "diffusers", str(self.weights.parent))
 
     def build(self) -> nn.Module:
         """The structure alone, fp32 and in training mode; no weights are read.
@@ -216,7 +197,7 @@ class ModelSource:
 
         self._check_shapes()
         tensors: dict[str, Tensor] = {}
-        for path in weight_files(self.path, "diffusers", str(self.folder)):
+        for path in weight_files(self.weights, "diffusers", str(self.weights.parent)):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     tensors[name] = file.get_tensor(name)
@@ -229,15 +210,52 @@ class ModelSource:
         Settings at the library's default are left out, so that an older file, which lacks the newer ones,
         is not another architecture.
         """
+        content = [self.component, self._settings(self.config), sorted(self.shapes.items())]
+        return hashlib.sha256(_as_json(content).encode()).hexdigest()
+
+    def with_weights(self, name: str) -> "ModelSource":
+        """The network with the weights of another folder.
+
+        Args:
+            name: folder that `save_pretrained` made of such a network, or one in which that lies under the
+                name that it has in a pipeline.
+
+        Raises:
+            ConfigError: there is none, it is damaged or stored as a pickle, or of another architecture.
+        """
+        problem = f"model.weights={name}"
+        folder = Path(name).expanduser()
+        if (folder / self.component).is_dir():
+            folder = folder / self.component
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"{problem} has neither config.json nor {self.component}/config.json: name a folder that "
+                f"save_pretrained made of a {self._class().__name__}"
+            )
+        theirs = _read_json(folder / "config.json", problem)
+        found = ModelSource(self.folder, self.component, folder)
+        mine = {"_class_name": self._class().__name__, **self._settings(self.config, is_known=True)}
+        other = {"_class_name": theirs.get("_class_name"), **self._settings(theirs, is_known=True)}
+        for key in sorted({*mine, *other}):
+            if _as_json(mine.get(key)) != _as_json(other.get(key)):
+                found_words, own_words = (side.get(key, "the default") for side in (other, mine))
+                raise ConfigError(
+                    f"{problem} is a network with {key}={found_words}, {self.folder} has {own_words}: "
+                    "the two must be of one architecture"
+                )
+        found._check_shapes()
+        return found
+
+    def _settings(self, config: Mapping[str, Any], *, is_known: bool = False) -> dict[str, Any]:
+        """What a configuration sets otherwise than the library; only what its class knows if `is_known`."""
         parameters = inspect.signature(self._class().__init__).parameters
-        settings = {
+        return {
             name: value
-            for name, value in self.config.items()
+            for name, value in config.items()
             if not name.startswith("_")
+            and (name in parameters or not is_known)
             and not (name in parameters and _as_json(parameters[name].default) == _as_json(value))
         }
-        content = [self.component, settings, sorted(self.shapes.items())]
-        return hashlib.sha256(_as_json(content).encode()).hexdigest()
 
     def _class(self) -> Any:
         import diffusers
@@ -252,7 +270,7 @@ class ModelSource:
         differing = {*self.shapes, *expected}
         name = min(name for name in differing if self.shapes.get(name) != expected.get(name))
         raise ConfigError(
-            f"{self.path} has {_shape_words(self.shapes, name)} in its weights and "
+            f"{self.weights} has {_shape_words(self.shapes, name)} in its weights and "
             f"{_shape_words(expected, name)} by its config.json: the two do not belong together"
         )
 

@@ -27,6 +27,10 @@ class Prepared:
     clean: Tensor
     conditions: dict[str, Tensor]
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors that it has."""
+        return [self.positions_B, self.clean, *self.conditions.values()]
+
 
 @dataclass(frozen=True)
 class Draw:

@@ -21,8 +21,8 @@ class DecoderObjective:
     """Loss of the decoder.
 
     Attributes:
-        image_encoder: frozen CLIPVisionModelWithProjection.
-        movq: frozen VQModel; its latents are neither quantised nor scaled.
+        image_encoder: frozen CLIPVisionModelWithProjection; None where batches bring its outputs.
+        movq: frozen VQModel, or None likewise; its latents are neither quantised nor scaled.
         zero_embedding_D: the encoder's embedding of zeros, which the guidance branch is conditioned on.
         schedule: linear betas, epsilon prediction.
         clip_normalisation, movq_normalisation: pixel statistics of the two encoders.
@@ -31,8 +31,8 @@ class DecoderObjective:
         snr_gamma: min-SNR weighting, or None.
     """
 
-    image_encoder: nn.Module
-    movq: nn.Module
+    image_encoder: nn.Module | None
+    movq: nn.Module | None
     zero_embedding_D: Tensor
     schedule: NoiseSchedule
     clip_normalisation: Normalisation
@@ -44,10 +44,16 @@ class DecoderObjective:
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Prepared:
         """Latents and image embedding of a micro-batch."""
-        assert batch.clip_pixels_BCHW is not None
-        assert batch.pixels_BCHW is not None
-        embeds_BD = self.image_encoder(self.clip_normalisation(batch.clip_pixels_BCHW)).image_embeds
-        latents_BCHW = self.movq.encode(self.movq_normalisation(batch.pixels_BCHW)).latents  # type: ignore[operator]
+        embeds_BD, latents_BCHW = batch.image_embeds_BD, batch.latents_BCHW
+        if embeds_BD is None or latents_BCHW is None:
+            assert batch.clip_pixels_BCHW is not None
+            assert batch.pixels_BCHW is not None
+            assert self.image_encoder is not None
+            assert self.movq is not None
+            embeds_BD = self.image_encoder(self.clip_normalisation(batch.clip_pixels_BCHW)).image_embeds
+            latents_BCHW = self.movq.encode(self.movq_normalisation(batch.pixels_BCHW)).latents  # type: ignore[operator]
+        assert embeds_BD is not None
+        assert latents_BCHW is not None
         return Prepared(
             positions_B=batch.positions_B,
             clean=latents_BCHW.to(torch.float32),

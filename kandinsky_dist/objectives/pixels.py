@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOVQ_STATISTICS = (0.5, 0.5, 0.5)
+"""MoVQ reads pixels in [0, 255] / 127.5 - 1."""
+
 
 @dataclass(frozen=True)
 class Normalisation:

@@ -20,8 +20,8 @@ class PriorObjective:
     """Loss of the prior.
 
     Attributes:
-        text_encoder: frozen CLIPTextModelWithProjection.
-        image_encoder: frozen CLIPVisionModelWithProjection.
+        text_encoder: frozen CLIPTextModelWithProjection; None where batches bring its outputs.
+        image_encoder: frozen CLIPVisionModelWithProjection, or None likewise.
         clip_mean_D, clip_std_D: fp32 statistics that embeddings are normalised with.
         schedule: squaredcos_cap_v2, sample prediction.
         normalisation: CLIP's pixel statistics.
@@ -30,8 +30,8 @@ class PriorObjective:
         noise_draws: K, noises and timesteps of a sample in one forward pass, which share its text.
     """
 
-    text_encoder: nn.Module
-    image_encoder: nn.Module
+    text_encoder: nn.Module | None
+    image_encoder: nn.Module | None
     clip_mean_D: Tensor
     clip_std_D: Tensor
     schedule: NoiseSchedule
@@ -47,9 +47,13 @@ class PriorObjective:
         CLIP's text encoder is causal and gets no mask; the prior masks the padding. Text may be cut to the
         longest of the batch, the end token of each included, where CLIP pools.
         """
-        assert batch.token_ids_BL is not None
         assert batch.token_mask_BL is not None
+        if batch.image_embeds_BD is not None:
+            return self._cached(batch, batch.image_embeds_BD, batch.token_mask_BL)
+        assert batch.token_ids_BL is not None
         assert batch.clip_pixels_BCHW is not None
+        assert self.text_encoder is not None
+        assert self.image_encoder is not None
         text = self.text_encoder(batch.token_ids_BL)
         pixels_BCHW = self.normalisation(batch.clip_pixels_BCHW)
         image_embeds_BD = self.image_encoder(pixels_BCHW).image_embeds.to(torch.float32)
@@ -60,6 +64,20 @@ class PriorObjective:
                 "proj_embedding": text.text_embeds,
                 "encoder_hidden_states": text.last_hidden_state,
                 "attention_mask": batch.token_mask_BL,
+            },
+        )
+
+    def _cached(self, batch: Batch, image_embeds_BD: Tensor, mask_BL: Tensor) -> Prepared:
+        """What the batch brings along."""
+        assert batch.text_embeds_BD is not None
+        assert batch.text_states_BLD is not None
+        return Prepared(
+            positions_B=batch.positions_B,
+            clean=(image_embeds_BD.to(torch.float32) - self.clip_mean_D) / self.clip_std_D,
+            conditions={
+                "proj_embedding": batch.text_embeds_BD.to(self.normalisation.dtype),
+                "encoder_hidden_states": batch.text_states_BLD.to(self.normalisation.dtype),
+                "attention_mask": mask_BL,
             },
         )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kandinsky_dist.config.schema import Config
+from kandinsky_dist.parallel.loss_scale import LossScale
 from kandinsky_dist.runtime.process import Process
 
 FRAGMENT_KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -48,10 +49,15 @@ class FragmentSource(Protocol):
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What an optimizer step did, on the device: reading it is a host sync and waits for the log cadence."""
+    """What an optimizer step did, on the device: reading it is a host sync and waits for the log cadence.
+
+    `rescaled` is 1 where the step was skipped and the loss scale of fp16 lowered: with a smaller one the
+    gradients may be finite. All three are 0-d fp32.
+    """
 
     grad_norm: Tensor
     skipped: Tensor
+    rescaled: Tensor
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,15 @@ class Strategy(ABC):
     `backward`, and once `step`.
     """
 
+    gathers_weights = False
+    """Whether forward waits for other ranks, because weights are spread over them."""
+
     def __init__(self, config: Config, process: Process, *, num_micro: int, precision: torch.dtype) -> None:
         self.config = config
         self.process = process
         self.num_micro = num_micro
         self.precision = precision
+        self.loss_scale = LossScale(process.device) if precision == torch.float16 else None
 
     @abstractmethod
     def prepare(self, plan: ModelPlan) -> nn.Module:
@@ -112,6 +122,19 @@ class Strategy(ABC):
 
         For masters that were changed in place between two steps.
         """
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss as backward takes it: multiplied with the loss scale of fp16."""
+        return loss * self.loss_scale.value if self.loss_scale else loss
+
+    def engine_state(self) -> dict[str, float]:
+        """What the next steps depend on beside the fragments: the loss scale of fp16. Host sync."""
+        return self.loss_scale.state() if self.loss_scale else {}
+
+    def load_engine_state(self, state: Mapping[str, float]) -> None:
+        """Continues from what some engine's `engine_state` was; from the beginning where it is empty."""
+        if self.loss_scale:
+            self.loss_scale.load(state)
 
     def copy_from(self, source: FragmentSource, held: Sequence[Fragment]) -> None:
         """Fills live fragments from a source."""

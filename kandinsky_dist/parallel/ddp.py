@@ -1,7 +1,9 @@
 """DistributedDataParallel: replicated weights, gradients all-reduced in buckets beside backward."""
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +20,11 @@ from kandinsky_dist.parallel.base import (
 from kandinsky_dist.parallel.ddp_reduction import COMPRESSED, bucket_arguments, reduce_compressed
 from kandinsky_dist.parallel.replicated import autocast_forward, guard_and_clip, owned_share, whole_fragments
 from kandinsky_dist.parallel.shares import gather_shares
+
+_SYNC = "forward_sync_buffers"  # torch 2.13; before it was broadcast_buffers
+_HAS_SYNC = _SYNC in inspect.signature(DistributedDataParallel).parameters
+CONSTANT_BUFFERS: dict[str, Any] = {_SYNC if _HAS_SYNC else "broadcast_buffers": False}
+"""Forward would wait for rank 0's buffers, which are constants."""
 
 
 class DDPStrategy(Strategy):
@@ -39,6 +46,7 @@ class DDPStrategy(Strategy):
                 device_ids=[self.process.device.index] if self.process.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 static_graph=self.config.parallel.static_graph,
+                **CONSTANT_BUFFERS,
                 **bucket_arguments(self.config.parallel),
             )
             if self.config.parallel.gradient_compression != "none":
@@ -57,7 +65,7 @@ class DDPStrategy(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         """Plain backward; DDP's hooks reduce the buckets as they fill."""
-        loss.backward()
+        self.scaled(loss).backward()
 
     def step(self, *, learning_rate: float) -> StepOutcome:
         """Clip, guard and fused AdamW, all on the device."""
@@ -67,6 +75,7 @@ class DDPStrategy(Strategy):
             gradients,
             learning_rate=learning_rate,
             max_grad_norm=self.config.optim.max_grad_norm,
+            loss_scale=self.loss_scale,
         )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

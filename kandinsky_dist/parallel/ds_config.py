@@ -2,15 +2,19 @@
 
 import json
 import logging
+import math
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import kandinsky_dist
 from kandinsky_dist.config.schema import Config
 from kandinsky_dist.errors import ConfigError
 from kandinsky_dist.optional import require
+from kandinsky_dist.parallel.loss_scale import GROWTH_STEPS, INITIAL, LEAST
 
 BUCKET_UNIT = 2
 """DeepSpeed wants bucket sizes to be even, in elements."""
@@ -23,11 +27,11 @@ def shipped_file(strategy: str) -> Path:
     return next(path for folder in folders if (path := folder / f"{strategy}.json").is_file())
 
 
-def complete(config: Config, *, world_size: int, num_micro: int, is_bf16: bool) -> dict[str, Any]:
+def complete(config: Config, *, world_size: int, num_micro: int, precision: torch.dtype) -> dict[str, Any]:
     """The file's settings with batch sizes, precision, clipping and stage filled in.
 
     Args:
-        is_bf16: whether the engine holds bf16 weights (stages 1 to 3).
+        precision: of the weights that the engine holds; fp32 in stage 0.
 
     Raises:
         ConfigError: the file is no JSON, or sets one of those keys to something else.
@@ -52,8 +56,8 @@ def complete(config: Config, *, world_size: int, num_micro: int, is_bf16: bool) 
         "gradient_accumulation_steps": (num_micro, f"global_batch_size on {world_size} ranks"),
         # ZeRO-0 does not guard its own step; there the code clips and skips.
         "gradient_clipping": (config.optim.max_grad_norm if stage else 0.0, "optim.max_grad_norm"),
-        "bf16.enabled": (is_bf16, "parallel.precision"),
-        "fp16.enabled": (False, "parallel.precision"),
+        "bf16.enabled": (precision == torch.bfloat16, "parallel.precision"),
+        "fp16.enabled": (precision == torch.float16, "parallel.precision"),
         "zero_optimization.stage": (stage, f"parallel.strategy={config.parallel.strategy}"),
     }
     for key in ("optimizer", "scheduler"):
@@ -61,10 +65,15 @@ def complete(config: Config, *, world_size: int, num_micro: int, is_bf16: bool) 
             raise ConfigError(
                 f"parallel.ds_config={path} sets {key}, which optim.* owns: remove it from the file"
             )
+    if precision == torch.float16:
+        # A fixed scale that is once too high would be so for ever.
+        owned["fp16.loss_scale"] = (0, "which is a dynamic one")
     if stage and not config.parallel.overlap:
         owned["zero_optimization.overlap_comm"] = (False, "parallel.overlap")
     for dotted, (value, owner) in owned.items():
         _merge(settings, dotted.split("."), value, f"parallel.ds_config={path}", owner)
+    if precision == torch.float16:
+        _fill_in_loss_scale(settings["fp16"])
     zero = settings["zero_optimization"]
     if stage and zero.get("overlap_comm", "auto") == "auto":
         zero["overlap_comm"] = config.parallel.overlap
@@ -75,11 +84,23 @@ def complete(config: Config, *, world_size: int, num_micro: int, is_bf16: bool) 
         key = "zero_force_ds_cpu_optimizer"
         _merge(settings, [key], False, f"parallel.ds_config={path}", "optim.*")
     # Elements, not bytes: the same bucket in MiB whatever the communicated type.
-    num_elements = int(config.parallel.bucket_mib * 2**20) // (2 if is_bf16 else 4)
+    num_elements = int(config.parallel.bucket_mib * 2**20) // precision.itemsize
     num_elements = max(1, num_elements // BUCKET_UNIT) * BUCKET_UNIT
     zero.setdefault("reduce_bucket_size", num_elements)
     zero.setdefault("allgather_bucket_size", num_elements)
     return settings
+
+
+def _fill_in_loss_scale(fp16: dict[str, Any]) -> None:
+    """What the file leaves open about the loss scale is as in the strategies that scale by themselves."""
+    for key, value in {
+        "initial_scale_power": int(math.log2(INITIAL)),
+        "loss_scale_window": GROWTH_STEPS,
+        "min_loss_scale": int(LEAST),
+        "hysteresis": 1,
+    }.items():
+        if fp16.get(key, "auto") == "auto":
+            fp16[key] = value
 
 
 def _keep_state_readable(offload: dict[str, Any], path: Path) -> None:

@@ -29,6 +29,8 @@ class FSDP2Strategy(Strategy):
     Weights, moments and reductions are fp32; in bf16 the gathered weights and the activations are bf16.
     """
 
+    gathers_weights = True
+
     def prepare(self, plan: ModelPlan) -> nn.Module:
         """Builds the model on the host and moves it to the device block by block, each rank its rows."""
         module = plan.build()
@@ -63,7 +65,7 @@ class FSDP2Strategy(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         """Plain backward; each block's gradients are reduce-scattered when they are complete."""
-        loss.backward()
+        self.scaled(loss).backward()
 
     def step(self, *, learning_rate: float) -> StepOutcome:
         """Clip, guard and fused AdamW on this rank's rows, all on the device."""
@@ -73,6 +75,7 @@ class FSDP2Strategy(Strategy):
             gradients,
             learning_rate=learning_rate,
             max_grad_norm=self.config.optim.max_grad_norm,
+            loss_scale=self.loss_scale,
             shards=self._mesh.get_group("shard"),
         )
         self._optimizer.step()

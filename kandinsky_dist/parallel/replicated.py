@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kandinsky_dist.optim.adamw import set_learning_rate
 from kandinsky_dist.parallel.base import Fragment, StepOutcome
+from kandinsky_dist.parallel.loss_scale import LossScale
 
 
 def autocast_forward(module: nn.Module, device: torch.device, precision: torch.dtype) -> None:
@@ -23,6 +24,7 @@ def guard_and_clip(
     learning_rate: float,
     max_grad_norm: float,
     shards: dist.ProcessGroup | None = None,
+    loss_scale: LossScale | None = None,
 ) -> StepOutcome:
     """Clips reduced gradients and arms the fused optimizer to skip a non-finite step. No host sync.
 
@@ -34,6 +36,7 @@ def guard_and_clip(
         learning_rate: of the step.
         max_grad_norm: the global norm is clipped to this; 0 does not clip.
         shards: ranks that together hold all gradients; None where this rank does.
+        loss_scale: of the losses that the gradients are of; they are divided by it, and it is updated.
 
     Returns:
         The outcome of the step that `optimizer.step()` will then take.
@@ -43,12 +46,19 @@ def guard_and_clip(
         square = grad_norm.double().square()  # a square may leave fp32
         dist.all_reduce(square, group=shards)
         grad_norm = square.sqrt().float()
+    factor = torch.ones_like(grad_norm)
+    if loss_scale is not None:
+        factor = loss_scale.value.reciprocal()  # a power of two, so exact
+        grad_norm = grad_norm * factor
     if max_grad_norm > 0:
-        torch._foreach_mul_(list(gradients), (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+        factor = factor * (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+    if max_grad_norm > 0 or loss_scale is not None:
+        torch._foreach_mul_(list(gradients), factor)
     skipped = (~torch.isfinite(grad_norm)).to(torch.float32)
+    rescaled = torch.zeros_like(skipped) if loss_scale is None else loss_scale.update(skipped)
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     set_learning_rate(optimizer, learning_rate)
-    return StepOutcome(grad_norm=grad_norm, skipped=skipped)
+    return StepOutcome(grad_norm, skipped, rescaled)
 
 
 def whole_fragments(

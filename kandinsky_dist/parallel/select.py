@@ -24,7 +24,7 @@ def engine_precision(config: Config, device: torch.device) -> torch.dtype:
     name = config.parallel.precision
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def select(config: Config, process: Process, *, num_micro: int) -> Strategy:

@@ -1,14 +1,16 @@
 """DeepSpeed ZeRO 0 to 3 behind the Strategy protocol."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kandinsky_dist.config.schema import Config
+from kandinsky_dist.errors import ConfigError
 from kandinsky_dist.optim.adamw import ensure_state, set_learning_rate, set_step_count
-from kandinsky_dist.parallel import ds_config
+from kandinsky_dist.parallel import ds_config, loss_scale
 from kandinsky_dist.parallel.base import (
     Fragment,
     FragmentSource,
@@ -20,6 +22,10 @@ from kandinsky_dist.parallel.base import (
 )
 from kandinsky_dist.parallel.replicated import autocast_forward, guard_and_clip, owned_share, whole_fragments
 from kandinsky_dist.parallel.shares import gather_shares
+from kandinsky_dist.runtime.process import Process
+
+HYSTERESIS = "loss_scale_hysteresis"
+"""Overflows that leave DeepSpeed's loss scale as it is, before the next one lowers it."""
 
 
 class ZeroStrategy(Strategy):
@@ -30,12 +36,23 @@ class ZeroStrategy(Strategy):
     # gradients to create its state, which sets AdamW's bias correction one step ahead.
     holds_low_precision_weights = True
 
+    def __init__(self, config: Config, process: Process, *, num_micro: int, precision: torch.dtype) -> None:
+        super().__init__(config, process, num_micro=num_micro, precision=precision)
+        if self.holds_low_precision_weights and precision == torch.float16:
+            self.loss_scale = None  # DeepSpeed has its own
+            deepspeed = ds_config.import_deepspeed(process.device.type)
+            if not deepspeed.get_accelerator().is_fp16_supported():
+                raise ConfigError(
+                    f"parallel.precision=fp16 is not supported by DeepSpeed on this {process.device.type}, "
+                    f"which parallel.strategy={config.parallel.strategy} needs: use bf16, or ddp or fsdp2"
+                )
+
     def prepare(self, plan: ModelPlan) -> nn.Module:
         """Builds the model and hands it to `deepspeed.initialize`."""
         deepspeed = ds_config.import_deepspeed(self.process.device.type)
-        is_bf16 = self.holds_low_precision_weights and self.precision == torch.bfloat16
+        held = self.precision if self.holds_low_precision_weights else torch.float32
         self._settings = ds_config.complete(
-            self.config, world_size=self.process.world_size, num_micro=self.num_micro, is_bf16=is_bf16
+            self.config, world_size=self.process.world_size, num_micro=self.num_micro, precision=held
         )
         deepspeed.init_distributed(dist_init_required=False)
         module = self._build(deepspeed, plan)
@@ -45,8 +62,11 @@ class ZeroStrategy(Strategy):
         self._engine, *_ = deepspeed.initialize(
             model=module, optimizer=plan.optimizer(self._named), config=self._settings
         )
-        if is_bf16:
-            cast_inputs(self._engine.module, torch.bfloat16)
+        if held != torch.float32:
+            cast_inputs(self._engine.module, held)
+        if held == torch.float16:
+            # At the least scale a step is skipped like any other, and the guard judges how often that may be.
+            self._scaler.raise_error_at_min_scale = False
         ensure_state(self._adamw, self._masters())
         return self._engine
 
@@ -60,6 +80,11 @@ class ZeroStrategy(Strategy):
         """The optimizer inside DeepSpeed's wrapper."""
         return self._engine.optimizer.optimizer
 
+    @property
+    def _scaler(self) -> Any:
+        """DeepSpeed's loss scaler; one that does nothing unless the precision is fp16."""
+        return self._engine.optimizer.loss_scaler
+
     def _masters(self) -> list[Tensor]:
         """The tensors that AdamW updates on this rank."""
         raise NotImplementedError
@@ -72,13 +97,14 @@ class ZeroStrategy(Strategy):
 
     def backward(self, loss: Tensor) -> None:
         """The engine's backward; `loss` is already divided by the number of micro-batches."""
-        self._engine.backward(loss, scale_wrt_gas=False)
+        self._engine.backward(self.scaled(loss), scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # counts the micro-batch, updates nothing
 
     def step(self, *, learning_rate: float) -> StepOutcome:
         """The engine's own clip, skip and update."""
         set_learning_rate(self._engine.optimizer, learning_rate)
+        is_least = self._scaler.cur_scale <= getattr(self._scaler, "min_scale", self._scaler.cur_scale)
         self._engine.step()
         is_skipped = bool(self._engine.optimizer.overflow)  # a host value: DeepSpeed has synchronised already
         grad_norm = float("inf") if is_skipped else self._engine.get_global_grad_norm()
@@ -86,7 +112,30 @@ class ZeroStrategy(Strategy):
         return StepOutcome(
             grad_norm=torch.as_tensor(grad_norm, device=device).to(torch.float32),
             skipped=torch.tensor(float(is_skipped), device=device),
+            rescaled=torch.tensor(float(is_skipped and not is_least), device=device),
         )
+
+    def engine_state(self) -> dict[str, float]:
+        """DeepSpeed's loss scale, under the names that all strategies use."""
+        if not self.holds_low_precision_weights or not self._scaler.dynamic:
+            return super().engine_state()
+        scaler = self._scaler
+        return {
+            loss_scale.SCALE: float(scaler.cur_scale),
+            loss_scale.NUM_GOOD_STEPS: scaler.cur_iter - scaler.last_overflow_iter - 1,
+            HYSTERESIS: scaler.cur_hysteresis,
+        }
+
+    def load_engine_state(self, state: Mapping[str, float]) -> None:
+        """Continues with a loss scale, or from the first one that the file asks for."""
+        if not self.holds_low_precision_weights or not self._scaler.dynamic:
+            return super().load_engine_state(state)
+        initial = 2.0 ** self._settings["fp16"]["initial_scale_power"]
+        self._scaler.cur_scale = state.get(loss_scale.SCALE, initial)
+        self._scaler.cur_iter = int(state.get(loss_scale.NUM_GOOD_STEPS, 0))
+        self._scaler.last_overflow_iter = -1
+        self._scaler.cur_hysteresis = int(state.get(HYSTERESIS, self._scaler.delayed_shift))
+        return None
 
     def load_fragments(self, source: FragmentSource, *, num_steps: int) -> None:
         """Fills this rank's masters and moments, then the weights of all ranks from them."""
@@ -123,7 +172,11 @@ class Zero0(ZeroStrategy):
         """Clip and guard on the device, then the engine's update."""
         gradients = [parameter.grad for _, parameter in self._named if parameter.grad is not None]
         outcome = guard_and_clip(
-            self._adamw, gradients, learning_rate=learning_rate, max_grad_norm=self.config.optim.max_grad_norm
+            self._adamw,
+            gradients,
+            learning_rate=learning_rate,
+            max_grad_norm=self.config.optim.max_grad_norm,
+            loss_scale=self.loss_scale,
         )
         self._engine.step()
         return outcome
@@ -166,6 +219,8 @@ class Zero12(ZeroStrategy):
 
 class Zero3(ZeroStrategy):
     """Stage 3: weights are partitioned too, from the moment the model is built."""
+
+    gathers_weights = True
 
     def _build(self, deepspeed: Any, plan: ModelPlan) -> nn.Module:
         # No dtype argument: where fp16 is not supported DeepSpeed 0.19 reads any as bf16. The file says it.

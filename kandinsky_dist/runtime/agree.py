@@ -11,10 +11,14 @@ from kandinsky_dist.errors import KandinskyError
 Result = TypeVar("Result")
 
 
-def decided_by_first(decide: Callable[[], Result]) -> Result:
+def decided_by_first(decide: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
     """What rank 0 decides, on every rank; an error meant for people is raised on every rank.
 
     Collective: call on every rank.
+
+    Args:
+        decide: called on rank 0.
+        group: see `gather`.
     """
     box: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -22,7 +26,7 @@ def decided_by_first(decide: Callable[[], Result]) -> Result:
             box = [decide()]
         except KandinskyError as error:
             box = [error]
-    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
     if isinstance(box[0], KandinskyError):
         raise box[0]
     return box[0]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,13 @@ import torch.distributed as dist
 from kandinsky_dist.config.ranks import read_ranks
 from kandinsky_dist.errors import ConfigError, StoppedError
 
-STARTUP_TIMEOUT = timedelta(minutes=30)
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+_timeout = DEFAULT_TIMEOUT
+"""Of the group that `joined` made last; torch does not tell."""
+
+NUM_RECORDED_COLLECTIVES = 20_000
+"""A few steps of a full-size model on any engine; a few hundred bytes each."""
 
 
 @dataclass(frozen=True)
@@ -31,25 +38,29 @@ class Process:
 
 
 @contextmanager
-def joined() -> Iterator[Process]:
+def joined(timeout: timedelta = DEFAULT_TIMEOUT, run_dir: Path | None = None) -> Iterator[Process]:
     """Joins the process group for the length of the context.
 
     A process group is made for a single process too, so that there is one code path.
+
+    Args:
+        timeout: longest that a collective waits for a rank; `cpu_group` takes it over.
+        run_dir: where NCCL leaves its last collectives when one of them times out, in nccl_flight_RANK.
 
     Raises:
         ConfigError: the launcher's variables contradict each other or the number of GPUs.
     """
     ranks = read_ranks(os.environ)
-    device = _device(ranks.local_rank)
+    device = device_of(ranks.local_rank)
+    if run_dir is not None:
+        _keep_flight_record(run_dir / "nccl_flight_")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(
-            backend, rank=ranks.rank, world_size=ranks.world_size, timeout=STARTUP_TIMEOUT
-        )
+        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
     else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=STARTUP_TIMEOUT
-        )
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    global _timeout
+    _timeout = timeout
     # DeepSpeed reads these even where the group stands.
     os.environ.update(
         RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local_rank), WORLD_SIZE=str(ranks.world_size)
@@ -64,7 +75,34 @@ def joined() -> Iterator[Process]:
     dist.destroy_process_group()
 
 
-def _device(local_rank: int) -> torch.device:
+def cpu_group() -> dist.ProcessGroup:
+    """Another group of all ranks, over gloo, as patient as the first. Collective: call on every rank."""
+    group = dist.new_group(backend="gloo", timeout=_timeout)
+    assert group is not None
+    return group
+
+
+def _keep_flight_record(prefix: Path) -> None:
+    """Asks NCCL to remember its last collectives; what the environment says already stands.
+
+    Must come before the process group is made. The file is given under its newer and its older name; of the
+    buffer's older one torch 2.9 and later would warn on every rank.
+    """
+    for name, value in (
+        ("FR_BUFFER_SIZE", NUM_RECORDED_COLLECTIVES),
+        ("NCCL_DUMP_ON_TIMEOUT", 1),
+        ("FR_DUMP_TEMP_FILE", prefix),
+        ("NCCL_DEBUG_INFO_TEMP_FILE", prefix),
+    ):
+        os.environ.setdefault(f"TORCH_{name}", str(value))
+
+
+def device_of(local_rank: int) -> torch.device:
+    """The GPU that a process of this node has for itself, or the CPU where there are none.
+
+    Raises:
+        ConfigError: more processes than GPUs.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
@@ -73,4 +111,17 @@ def _device(local_rank: int) -> torch.device:
     if local_rank >= count:
         raise ConfigError(f"local rank {local_rank} has no GPU of its own: this node shows {count}")
     torch.cuda.set_device(local_rank)
+    _settle_arithmetic()
     return torch.device("cuda", local_rank)
+
+
+def _settle_arithmetic() -> None:
+    """How a GPU computes what is in fp32, and how it finds its convolutions.
+
+    Products and convolutions of fp32 values run as TF32, with 10 bits of mantissa and sums in fp32: several
+    times as fast, and still finer than bf16's 7 bits. Shapes are few, so the fastest convolution of each is
+    found by trying, which may end differently in another process: the same bits are not promised there.
+    """
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True

@@ -7,7 +7,8 @@ count.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,11 +27,19 @@ def count_flops(function: Callable[[], Any]) -> float:
     Returns:
         FLOPs of the whole call, so of every sample in its batch.
     """
-    counter = FlopCounterMode(display=False)
-    # Attention as matrix products, which are counted one by one: its many kernels need no formulas.
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), counter:
+    with torch.device("meta"), flop_counter() as counter:
         function()
     return float(counter.get_total_flops())
+
+
+@contextmanager
+def flop_counter() -> Iterator[FlopCounterMode]:
+    """A context that counts what runs inside, under a fake mode that is already on too."""
+    counter = FlopCounterMode(display=False)
+    # Attention as matrix products, which are counted one by one: no kernel of it needs a formula.
+    # Compiled code would want real tensors, and counts nothing.
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
+        yield counter
 
 
 def without_memory(module: nn.Module) -> nn.Module:

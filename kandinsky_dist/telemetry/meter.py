@@ -109,7 +109,7 @@ class Meter:
                 figures["tflops_per_second"] = tflops
                 if self._peak_tflops is not None:
                     figures["mfu"] = tflops / self._peak_tflops
-        figures["peak_memory_gib"] = _peak_memory_bytes(self._device) / 2**30
+        figures["peak_memory_gib"] = peak_memory_bytes(self._device) / 2**30
         self._window_start = self._warm_start = now
         self._num_cold = self._num_steps = 0
         self._flops = 0.0
@@ -123,7 +123,8 @@ class Meter:
             torch.cuda.synchronize(self._device)
 
 
-def _peak_memory_bytes(device: torch.device) -> int:
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most that this process held since its start: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,8 @@
 """From a configuration to the parts of a run. Nothing here is collective."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kandinsky_dist.config.resolve import run_dir
 from kandinsky_dist.config.schema import Config
-from kandinsky_dist.models import blocks
+from kandinsky_dist.data.cache_description import CacheDescription
+from kandinsky_dist.models import blocks, compiled, layout
+from kandinsky_dist.models.fingerprint import weights_fingerprint
+from kandinsky_dist.models.float8 import refuse_unless_here, use_float8
 from kandinsky_dist.models.frozen import clip_preprocessing, load_image_encoder, load_movq, load_text_encoder
-from kandinsky_dist.models.load import (
-    ModelSource,
-    freeze_statistics,
-    pipeline_folder,
-    weights_fingerprint,
-)
+from kandinsky_dist.models.load import ModelSource, freeze_statistics, pipeline_folder
 from kandinsky_dist.objectives.base import Objective
 from kandinsky_dist.objectives.decoder import DecoderObjective
 from kandinsky_dist.objectives.noise import NoiseSchedule
-from kandinsky_dist.objectives.pixels import Normalisation
+from kandinsky_dist.objectives.pixels import MOVQ_STATISTICS, Normalisation
 from kandinsky_dist.objectives.prior import PriorObjective
 from kandinsky_dist.optim.adamw import build_adamw
 from kandinsky_dist.parallel.base import ModelPlan
@@ -29,25 +29,32 @@ from kandinsky_dist.parallel.base import ModelPlan
 PRIOR_COMPONENTS = ("prior", "text_encoder", "tokenizer", "image_encoder", "image_processor")
 DECODER_COMPONENTS = ("unet", "movq", "scheduler")
 CONDITIONING_COMPONENTS = ("image_encoder", "image_processor")
-MOVQ_STATISTICS = (0.5, 0.5, 0.5)  # pixels in [0, 255] / 127.5 - 1
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Pipeline folders of a run: CLIP is always the prior pipeline's."""
+    """Pipeline folders of a run: CLIP is always the prior pipeline's.
+
+    `weights` is the folder of the trained network where the pipeline's own is not begun with.
+    """
 
     prior: Path
     decoder: Path | None
+    weights: Path | None = None
 
     @classmethod
     def of(cls, config: Config) -> "Folders":
         """Resolves and checks the folders or hub names that the stage reads."""
         if config.stage == "prior":
-            return cls(pipeline_folder(config.model.prior, "model.prior", PRIOR_COMPONENTS), None)
-        return cls(
-            pipeline_folder(config.model.prior, "model.prior", CONDITIONING_COMPONENTS),
-            pipeline_folder(config.model.decoder, "model.decoder", DECODER_COMPONENTS),
-        )
+            found = cls(pipeline_folder(config.model.prior, "model.prior", PRIOR_COMPONENTS), None)
+        else:
+            found = cls(
+                pipeline_folder(config.model.prior, "model.prior", CONDITIONING_COMPONENTS),
+                pipeline_folder(config.model.decoder, "model.decoder", DECODER_COMPONENTS),
+            )
+        if config.model.weights is None:
+            return found
+        return replace(found, weights=found.source.with_weights(config.model.weights).weights)
 
     @property
     def prior_networks(self) -> tuple[str, ...]:
@@ -57,11 +64,19 @@ class Folders:
     @property
     def source(self) -> ModelSource:
         """The network that is trained."""
-        return ModelSource(self.decoder, "unet") if self.decoder else ModelSource(self.prior, "prior")
+        if self.decoder is None:
+            return ModelSource(self.prior, "prior", self.weights)
+        return ModelSource(self.decoder, "unet", self.weights)
 
 
 def model_plan(config: Config, source: ModelSource) -> ModelPlan:
-    """How the strategy makes the trained model and its optimizer."""
+    """How the strategy makes the trained model and its optimizer.
+
+    Raises:
+        ConfigError: this machine cannot do what parallel.float8 asks for.
+    """
+    if config.parallel.float8:
+        refuse_unless_here()
 
     def build() -> nn.Module:
         module = source.build()
@@ -74,9 +89,15 @@ def model_plan(config: Config, source: ModelSource) -> ModelPlan:
             from kandinsky_dist.models.lora import add_adapters
 
             add_adapters(module, config.model.lora_rank)
+        if config.parallel.float8:
+            use_float8(module)
+        blocks.set_attention(module, config.parallel.attention)
+        if config.stage == "decoder" and layout.is_channels_last(config.parallel.channels_last):
+            layout.lay_out_activations(module)
         if config.parallel.gradient_checkpointing:
             blocks.enable_gradient_checkpointing(module)
-        blocks.set_attention(module, config.parallel.attention)
+        if config.parallel.compile:
+            compiled.compile_blocks(module)
         return module
 
     def state_dict() -> Mapping[str, Tensor]:
@@ -93,17 +114,41 @@ def model_plan(config: Config, source: ModelSource) -> ModelPlan:
     )
 
 
+def prepare_kernels(config: Config, device: torch.device, precision: torch.dtype) -> None:
+    """Makes sure of the kernels that are asked for, before anything slow is built.
+
+    Raises:
+        ConfigError: there is no such attention kernel, or no compiler.
+    """
+    is_masked = config.stage == "prior"
+    blocks.check_attention(config.parallel.attention, device, precision, is_masked=is_masked)
+    if config.parallel.compile:
+        chosen = config.parallel.compile_cache or os.environ.get(compiled.CACHE_VARIABLE)
+        compiled.prepare_compiler(device, Path(chosen) if chosen else run_dir(config) / "compile_cache")
+
+
 def build_objective(
-    config: Config, folders: Folders, device: torch.device, precision: torch.dtype
+    config: Config,
+    folders: Folders,
+    device: torch.device,
+    precision: torch.dtype,
+    cache: CacheDescription | None = None,
 ) -> Objective:
-    """The stage's objective with its frozen encoders on the device, in the engine's precision."""
+    """The stage's objective with its frozen encoders on the device, in the engine's precision.
+
+    With a cache, whose batches bring the encoders' outputs along, none is loaded.
+    """
     clip = clip_preprocessing(folders.prior)
-    image_encoder = load_image_encoder(folders.prior, precision, device)
+    image_encoder = load_image_encoder(folders.prior, precision, device) if cache is None else None
     normalisation = Normalisation(clip.mean, clip.std, precision)
     if folders.decoder is None:
         weights = folders.source.state_dict()
+        text_encoder = load_text_encoder(folders.prior, precision, device) if cache is None else None
+        if config.parallel.compile:
+            for encoder in filter(None, (image_encoder, text_encoder)):
+                compiled.compile_encoder(encoder)
         return PriorObjective(
-            text_encoder=load_text_encoder(folders.prior, precision, device),
+            text_encoder=text_encoder,
             image_encoder=image_encoder,
             clip_mean_D=weights["clip_mean"].to(device, torch.float32).flatten(),
             clip_std_D=weights["clip_std"].to(device, torch.float32).flatten(),
@@ -113,12 +158,23 @@ def build_objective(
             snr_gamma=config.objective.snr_gamma,
             noise_draws=config.objective.noise_draws,
         )
-    zeros = torch.zeros(1, 3, clip.size, clip.size, device=device, dtype=precision)
-    with torch.no_grad():
-        zero_embedding_D = image_encoder(zeros).image_embeds[0].to(torch.float32)
+    movq = None
+    if cache is not None:
+        zero_embedding_D = cache.constants["image_embeds"].to(device, torch.float32)
+    else:
+        assert image_encoder is not None
+        zeros = torch.zeros(1, 3, clip.size, clip.size, device=device, dtype=precision)
+        with torch.no_grad():
+            zero_embedding_D = image_encoder(zeros).image_embeds[0].to(torch.float32)
+        movq = load_movq(folders.decoder, precision, device, encode_only=True)
+        if layout.is_channels_last(config.parallel.channels_last):
+            layout.lay_out_weights(movq)
+        if config.parallel.compile:
+            compiled.compile_encoder(image_encoder)
+            compiled.compile_encoder(movq)
     return DecoderObjective(
         image_encoder=image_encoder,
-        movq=load_movq(folders.decoder, precision, device, encode_only=True),
+        movq=movq,
         zero_embedding_D=zero_embedding_D,
         schedule=decoder_schedule(folders.decoder).to(device),
         clip_normalisation=normalisation,
@@ -161,6 +217,9 @@ def identity(config: Config, folders: Folders) -> dict[str, Any]:
     weights = {"model.prior": weights_fingerprint(folders.prior, folders.prior_networks)}
     if folders.decoder is not None:
         weights["model.decoder"] = weights_fingerprint(folders.decoder, ("unet", "movq"))
+    if folders.weights is not None:
+        weights["model.weights"] = weights_fingerprint(folders.weights.parent, (folders.weights.name,))
+    found["model.weights"] = None
     for key, fingerprint in weights.items():
         found[key] = f"weights {fingerprint[:16]}"
     found[f"model.{config.stage}"] += f" of architecture {folders.source.fingerprint[:16]}"

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from kandinsky_dist.config.schema import Config, ParallelConfig
 from kandinsky_dist.data.batch import Batch
+from kandinsky_dist.data.cache_description import CacheDescription
+from kandinsky_dist.data.cached import blank_batch
 from kandinsky_dist.models.frozen import clip_preprocessing
 from kandinsky_dist.objectives.base import Objective, Prepared
 from kandinsky_dist.telemetry.flops import count_flops, without_memory
@@ -44,15 +46,22 @@ class StepCost:
         return sum(len(batch) * self.sample(batch.num_text_tokens) for batch in microbatches)
 
 
-def step_cost(config: Config, folders: Folders, objective: Objective) -> StepCost:
-    """Counts a sample of a training step."""
+def step_cost(
+    config: Config, folders: Folders, objective: Objective, cache: CacheDescription | None = None
+) -> StepCost:
+    """Counts a sample of a training step; with a cache there is nothing to encode."""
     plan = model_plan(replace(config, parallel=ParallelConfig()), folders.source)  # nothing recomputed
     objective = _without_memory(objective)
     with torch.device("meta"):
         model = plan.build()
 
     def step(num_text_tokens: int) -> None:
-        prepared = objective.prepare(_sample(config, folders, num_text_tokens))
+        sample = (
+            blank_batch(cache, num_text_tokens, torch.device("meta"))
+            if cache is not None
+            else _sample(config, folders, num_text_tokens)
+        )
+        prepared = objective.prepare(sample)
         objective.losses(model, _in_fp32(prepared)).sum().backward()
 
     lengths = LENGTHS if config.stage == "prior" else LENGTHS[:1]

@@ -48,15 +48,19 @@ class Guard:
         if rollback is not None:
             self._settle(rollback)
 
-    def judge(self, state: RunState, losses: Sequence[float], skipped: Sequence[bool]) -> Divergence | None:
+    def judge(
+        self, state: RunState, losses: Sequence[float], skipped: Sequence[bool], rescaled: Sequence[bool]
+    ) -> Divergence | None:
         """Judges the steps since the last log entry, up to the state's; the same on every rank.
 
         Args:
             losses: of each step, over all ranks.
             skipped: whether the step was skipped.
+            rescaled: whether it was, and the loss scale lowered.
         """
         state.num_skipped_steps += sum(skipped)
-        return state.health.judge(self.config, state.step - len(losses) + 1, losses, skipped)
+        first_step = state.step - len(losses) + 1
+        return state.health.judge(self.config, first_step, losses, skipped, rescaled)
 
     def go_back(
         self, strategy: Strategy, state: RunState, divergence: Divergence

@@ -16,6 +16,7 @@ from kandinsky_dist.checkpoint.layout import CheckpointReader
 from kandinsky_dist.config import loader
 from kandinsky_dist.faults.preempt import StopRequest
 from kandinsky_dist.parallel.base import FRAGMENT_KINDS
+from kandinsky_dist.parallel.ds_config import import_deepspeed
 from kandinsky_dist.runtime.process import Process, joined
 from kandinsky_dist.train import rollback
 from kandinsky_dist.train.feed import Feed
@@ -67,6 +68,13 @@ def all_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
         return [one_run(run, process) for run in runs]
 
 
+def all_runs_in_fp16(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The same where DeepSpeed would refuse fp16: on a CPU, whose torch can do what it takes."""
+    accelerator = import_deepspeed("cpu").get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    return all_runs(runs)
+
+
 def one_run(run: Run, process: Process) -> dict[str, Any]:
     """Trains to the end; returns how it ended and what `observed_step` did to this rank's fragments."""
     resolved = loader.load("prior", None, [loader.Layer("test", dict(run.settings))])
@@ -77,7 +85,8 @@ def one_run(run: Run, process: Process) -> dict[str, Any]:
             trainer.objective = Hostile(trainer.objective, run.factors)
             if run.moved_to is not None:
                 trainer.state.samples_consumed = run.moved_to
-                trainer.feed = Feed(trainer.loader.steps(run.moved_to), StopRequest())
+                steps = trainer.loader.steps(run.moved_to)
+                trainer.feed = Feed(steps, trainer.objective.prepare, StopRequest(), process.device)
             _observe(trainer, run.observed_step, found)
             trainer.run()
         except Exception as error:

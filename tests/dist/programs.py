@@ -3,7 +3,6 @@
 import json
 import traceback
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kandinsky_dist.checkpoint.layout import CheckpointReader, RankTensors, write_tensors
 from kandinsky_dist.config import loader
+from kandinsky_dist.data.batch import Batch
 from kandinsky_dist.faults.preempt import StopRequest
+from kandinsky_dist.parallel.base import StepOutcome
 from kandinsky_dist.runtime.process import joined
 from kandinsky_dist.train.step import train_step
 from kandinsky_dist.train.trainer import Trainer
@@ -68,7 +69,7 @@ def go_on_from(
                     trainer.strategy,
                     trainer.objective,
                     trainer.model,
-                    next(steps),
+                    [trainer.objective.prepare(batch) for batch in next(steps)],
                     learning_rate=trainer.learning_rate(),
                 )
                 trainer.state.advance(trainer.config.data.global_batch_size)
@@ -105,7 +106,13 @@ def read_by_the_host(stage: str, settings: dict[str, Any], num_steps: int, out: 
     with joined() as process:
         trainer = Trainer(loader.load(stage, None, [loader.Layer("test", settings)]), process, StopRequest())
         steps = trainer.loader.steps(0)
-        train = partial(train_step, trainer.strategy, trainer.objective, trainer.model)
+
+        def train(microbatches: list[Batch], learning_rate: float) -> tuple[torch.Tensor, StepOutcome]:
+            prepared = [trainer.objective.prepare(batch) for batch in microbatches]
+            return train_step(
+                trainer.strategy, trainer.objective, trainer.model, prepared, learning_rate=learning_rate
+            )
+
         train(next(steps), learning_rate=1e-3)  # the first one may set things up
         batches = [next(steps) for _ in range(num_steps)]
         is_cuda = process.device.type == "cuda"

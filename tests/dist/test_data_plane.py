@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import random
 import shutil
 import signal
 import tarfile
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers.command import keys, losses, train_arguments
 from helpers.forked import train
-from helpers.pictures import draw, write_corpus
+from helpers.pictures import damage_samples, draw, write_corpus
 from helpers.running import started, wait_until, workers_of
 
 from kandinsky_dist.checkpoint.layout import checkpoints_of
@@ -69,23 +68,6 @@ def test_world_size_changes_in_the_middle_of_an_epoch(
     epoch = [key for step in range(1, 9) for key in found[step]]
     if not order:
         assert len(set(epoch)) == len(epoch) == 96
-
-
-def damage_samples(folder: Path, share: float) -> int:
-    """Flips bytes in the middle of a random share of the images, behind the index' back."""
-    num_damaged, chance = 0, random.Random(3)
-    for tar in sorted(folder.glob("*.tar")):
-        with tarfile.open(tar) as archive:
-            places = [(member.offset_data, member.size) for member in archive if member.name.endswith("png")]
-        times = os.stat(tar)
-        with open(tar, "r+b") as file:
-            for offset, size in places:
-                if chance.random() < share:
-                    num_damaged += 1
-                    file.seek(offset + size // 2)
-                    file.write(b"\xff" * 16)
-        os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))
-    return num_damaged
 
 
 @pytest.mark.long

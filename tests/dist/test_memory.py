@@ -6,7 +6,7 @@ import pytest
 
 from kandinsky_dist.bench.memory import PRECISIONS, Case, measure
 from kandinsky_dist.bench.memory_report import SHARDED, difference, fullest, states, textbook
-from kandinsky_dist.bench.textbook import bytes_per_parameter
+from kandinsky_dist.estimate.textbook import bytes_per_parameter
 
 pytestmark = pytest.mark.dist
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.dist
 NUM_STEPS = 3
 
 
-def readers(stage, strategy, tiny_models, small_corpus, tmp_path, world_size=2):
+def readers(stage, strategy, tiny_models, small_corpus, tmp_path, world_size=2, precision="auto"):
     """Lines of code that read values in the step, with how often, on the first rank."""
     settings = {
         **DEFAULTS,
@@ -25,6 +25,7 @@ def readers(stage, strategy, tiny_models, small_corpus, tmp_path, world_size=2):
         "data.num_workers": 0,
         "run.dir": str(tmp_path / "run"),
         "parallel.strategy": strategy,
+        "parallel.precision": precision,
     }
     done = forked.call(read_by_the_host, stage, settings, NUM_STEPS, tmp_path, world_size=world_size)
     assert done.returncode == 0, done.stderr
@@ -37,6 +38,11 @@ def test_nothing_is_read_in_a_step(stage, strategy, tiny_models, small_corpus, t
     assert not readers(stage, strategy, tiny_models, small_corpus, tmp_path)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero0"])
+def test_the_loss_scale_is_not_read_either(strategy, tiny_models, small_corpus, tmp_path):
+    assert not readers("prior", strategy, tiny_models, small_corpus, tmp_path, precision="fp16")
+
+
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 def test_deepspeed_alone_reads(strategy, tiny_models, small_corpus, tmp_path):
     """Its optimizers look at the norm on the host to decide whether a step is skipped."""
@@ -47,9 +53,11 @@ def test_deepspeed_alone_reads(strategy, tiny_models, small_corpus, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["auto", "fp16"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_cuda_never_waits_in_a_step(strategy, tiny_models, small_corpus, tmp_path, monkeypatch):
+def test_cuda_never_waits_in_a_step(strategy, precision, tiny_models, small_corpus, tmp_path, monkeypatch):
     """torch itself raises where the host would wait for the GPU."""
     assert torch.cuda.is_available()
     monkeypatch.setitem(forked.ENVIRONMENT, "CUDA_VISIBLE_DEVICES", "0")
-    assert not readers("prior", strategy, tiny_models, small_corpus, tmp_path, world_size=1)
+    places = (tiny_models, small_corpus, tmp_path)
+    assert not readers("prior", strategy, *places, world_size=1, precision=precision)

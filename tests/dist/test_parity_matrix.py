@@ -18,16 +18,19 @@ GLOBAL_BATCH_SIZE = 12
 TOLERANCE = 1e-6
 """Of fp32 weights of size 0.1 to 1, in steps of 1e-3: sums in another order, 20 times."""
 BUCKETS_MIB = ({"parallel.bucket_mib": 0.05}, {"parallel.bucket_mib": 25.0})
+# Without overlap DDP has one bucket; ZeRO has several that backward waits for; ZeRO-0 has no overlap.
+DDP_WAYS = (*BUCKETS_MIB, {"parallel.overlap": False})
+ZERO_WAYS = (*BUCKETS_MIB, *({**bucket, "parallel.overlap": False} for bucket in BUCKETS_MIB))
 GATHERING = ({"parallel.reshard_after_forward": False}, {"parallel.prefetch_blocks": 0})
 # Name -> strategy, world size, what all its cases share, and its ways to communicate.
 ENGINES = {
-    "ddp": ("ddp", 2, {}, BUCKETS_MIB),
+    "ddp": ("ddp", 2, {}, DDP_WAYS),
     "fsdp2": ("fsdp2", 2, {}, GATHERING),
     "hsdp": ("fsdp2", 4, {"parallel.shard_size": 2}, GATHERING),
     "zero0": ("zero0", 2, {}, BUCKETS_MIB),
-    "zero1": ("zero1", 2, {}, BUCKETS_MIB),
-    "zero2": ("zero2", 2, {}, BUCKETS_MIB),
-    "zero3": ("zero3", 2, {}, BUCKETS_MIB),
+    "zero1": ("zero1", 2, {}, ZERO_WAYS),
+    "zero2": ("zero2", 2, {}, ZERO_WAYS),
+    "zero3": ("zero3", 2, {}, ZERO_WAYS),
 }
 
 
@@ -62,13 +65,42 @@ def weights(run_dir: Path):
 
 
 @pytest.fixture(scope="module")
-def one_process(base, tmp_path_factory):
+def alone(base, tmp_path_factory):
+    """alone(strategy, precision, numbers of micro-batches) -> weights that a single process ends with."""
+
+    def run(strategy, precision, *numbers):
+        folder = tmp_path_factory.mktemp("alone")
+        cases = [
+            {
+                **base,
+                "parallel.strategy": strategy,
+                "parallel.precision": precision,
+                "data.micro_batch_size": GLOBAL_BATCH_SIZE // num_micro,
+                "run.dir": str(folder / str(num_micro)),
+            }
+            for num_micro in numbers
+        ]
+        done = forked.call(train_each, "prior", cases)
+        assert done.returncode == 0, done.stderr
+        return [weights(folder / str(num_micro)) for num_micro in numbers]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_process(alone):
     """The weights of a single process without accumulation."""
-    run_dir = tmp_path_factory.mktemp("one")
-    settings = {**base, "data.micro_batch_size": GLOBAL_BATCH_SIZE, "run.dir": str(run_dir)}
-    done = forked.call(train_each, "prior", [settings])
-    assert done.returncode == 0, done.stderr
-    return weights(run_dir)
+    return alone("ddp", "fp32", 1)[0]
+
+
+@pytest.fixture(scope="module")
+def orders(alone):
+    """In bf16, those of a single process that sums gradients in one order and in another.
+
+    By where bf16 is: in products, as autocast has it, or in weights, gradients and their sums too, as ZeRO's
+    stages 1 to 3 have it.
+    """
+    return {"products": alone("ddp", "bf16", 1, 3), "all": alone("zero1", "bf16", 1, 3)}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -97,3 +129,27 @@ def test_weights_are_those_of_one_process(engine, base, one_process, tmp_path):
         )
     print(f"{engine}: {len(cases)} cases, largest difference of a weight {largest:.1e}")
     assert largest <= TOLERANCE
+
+
+def distance(some, others):
+    """Between two sets of weights, as one vector."""
+    return sum(float((some[name] - others[name]).square().sum()) for name in some) ** 0.5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_in_bf16_weights_are_as_near_as_those_of_another_order_of_sums(engine, base, orders, tmp_path):
+    strategy, world_size, shared, _ways = ENGINES[engine]
+    case = {
+        **base,
+        **shared,
+        "run.dir": str(tmp_path),
+        "parallel.strategy": strategy,
+        "parallel.precision": "bf16",
+        "data.micro_batch_size": GLOBAL_BATCH_SIZE // world_size,
+    }
+    done = forked.call(train_each, "prior", [case], world_size=world_size, timeout=500)
+    assert done.returncode == 0, done.stderr
+    one, other = orders["all" if strategy in ("zero1", "zero2", "zero3") else "products"]
+    found, spread = distance(weights(tmp_path), one), distance(one, other)
+    print(f"{engine}: {found:.2e} from the one order, {spread:.2e} between both")
+    assert 0 < found <= 2 * spread

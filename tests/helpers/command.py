@@ -31,7 +31,7 @@ def train(
     run_dir: Path,
     world_size: int = 1,
     strategy: str = "ddp",
-    timeout: float = 120,
+    timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
     """Runs `kandinsky-dist train` to its end and returns what it said, whatever its exit code.
 

@@ -43,7 +43,7 @@ def train(
     run_dir: Path,
     world_size: int = 1,
     strategy: str = "ddp",
-    timeout: float = 120,
+    timeout: float = 300,
 ) -> CompletedProcess[str]:
     """`helpers.command.train` for tests that start many runs; the same arguments, files and exit code.
 
@@ -65,11 +65,18 @@ def command(
     return call(main, arguments, world_size=world_size, timeout=timeout, environment=environment)
 
 
+def start(folder: Path, *words: object) -> BaseProcess:
+    """Starts one `kandinsky-dist` command, which the process ends like; it speaks to `folder`/err_0."""
+    from kandinsky_dist.cli import main
+
+    return _start(main, [[str(word) for word in words]], folder, 0, 1, None, {})
+
+
 def call(
     function: Callable[..., Any],
     *arguments: Any,
     world_size: int = 1,
-    timeout: float = 120,
+    timeout: float = 300,
     environment: Mapping[str, str] | None = None,
 ) -> CompletedProcess[str]:
     """Calls a function of a module's top level on every rank; what it returns is the rank's exit code."""

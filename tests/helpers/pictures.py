@@ -1,6 +1,9 @@
 """Drawn pictures whose captions say what is on them, packed into small tars."""
 
 import io
+import os
+import random
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,3 +56,20 @@ def _samples(numbers: range) -> Iterator[dict[str, Any]]:
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         yield {"__key__": f"{number:05d}", "png": buffer.getvalue(), "txt": caption.encode()}
+
+
+def damage_samples(folder: Path, share: float) -> int:
+    """Flips bytes in the middle of a random share of the images, behind the index' back."""
+    num_damaged, chance = 0, random.Random(3)
+    for tar in sorted(folder.glob("*.tar")):
+        with tarfile.open(tar) as archive:
+            places = [(member.offset_data, member.size) for member in archive if member.name.endswith("png")]
+        times = os.stat(tar)
+        with open(tar, "r+b") as file:
+            for offset, size in places:
+                if chance.random() < share:
+                    num_damaged += 1
+                    file.seek(offset + size // 2)
+                    file.write(b"\xff" * 16)
+        os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return num_damaged

@@ -34,14 +34,19 @@ def started(arguments: Sequence[str], world_size: int) -> Iterator[subprocess.Po
 
 def kill_all(process: subprocess.Popen[str]) -> None:
     """SIGKILL to the launcher, every rank and every worker at once."""
+    end_all(process)
+    if process.stderr:
+        process.stderr.close()
+
+
+def end_all(process: subprocess.Popen[str]) -> None:
+    """`kill_all`, after which what was said can still be read."""
     if process.poll() is None:
         family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
         for member in family:
             if member.is_running():
                 member.send_signal(signal.SIGKILL)
     process.wait()
-    if process.stderr:
-        process.stderr.close()
 
 
 def wait_until(is_so: Callable[[], Any], process: subprocess.Popen[str], *, timeout: float = 180) -> Any:

@@ -326,7 +326,7 @@ def test_b11_old_checkpoint_outlives_a_failed_save(tiny_models, small_corpus, tm
     """
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    (checkpoints / "step_00000003.tmp").write_text("in the way")
+    (checkpoints / "step_00000003.1.tmp").write_text("in the way")
     done = train(
         "prior",
         *("run.max_steps=3", "checkpoint.every_steps=1", "checkpoint.keep=2"),

@@ -22,14 +22,22 @@ LAYERS = (
     {"objectives", "faults"},
     {"parallel"},
     {"checkpoint"},
-    {"train", "precompute"},
-    {"bench", "estimate"},
+    {"train", "precompute", "status"},
+    {"estimate"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 )
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 
-TORCH_FREE = ("config/*.py", "data/plan.py", "data/manifest.py", "errors.py", "optional.py")
+TORCH_FREE = (
+    "config/*.py",
+    "data/plan.py",
+    "data/manifest.py",
+    "errors.py",
+    "optional.py",
+    "status/*.py",
+)
 BRINGS_TORCH = {
     "accelerate",
     "deepspeed",

@@ -110,16 +110,26 @@ def _jobs(
             checksums,
             item.is_optional,
         )
-        for item, sidecar in zip(named, _sidecars(shards, tars), strict=True)
+        for item, sidecar in zip(
+            named, [name + SIDECAR_SUFFIX for name in names_below(shards, tars)], strict=True
+        )
     ]
 
 
-def _sidecars(shards: str, tars: Sequence[str]) -> list[str]:
-    """Names of sidecars below a folder of their own: laid out as the tars are below what they share."""
+def names_below(shards: str, tars: Sequence[str]) -> list[str]:
+    """Names for tars below a folder of their own: laid out as the tars are below what they share.
+
+    Args:
+        shards: what named them, for messages.
+        tars: where they lie.
+
+    Raises:
+        DataError: two would have one name.
+    """
     parts = [_parts(tar) for tar in tars]
     first, last = min(parts)[:-1], max(parts)[:-1]
     num_shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))))
-    names = ["/".join(part[num_shared:]) + SIDECAR_SUFFIX for part in parts]
+    names = ["/".join(part[num_shared:]) for part in parts]
     name, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise DataError(

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from kandinsky_dist.data.aspects import NUM_ASPECTS
+from kandinsky_dist.data.cache_description import CACHE_NAME, description_content
 from kandinsky_dist.data.catalogue import read_manifest
 from kandinsky_dist.data.locations import Texts, is_remote, relative
 from kandinsky_dist.data.manifest import Manifest, write_manifest
@@ -137,7 +138,10 @@ def make_subset(
         aspect_counts_SA=np.stack(aspect_counts),
         selected_N=selected_N,
     )
+    description = description_content(shards, "shards")
     with result_folder(out, origin) as folder:
+        if description is not None:
+            (folder / CACHE_NAME).write_bytes(description)
         write_manifest(folder, manifest)
     return manifest
 

@@ -176,7 +176,7 @@ def test_value_of_the_wrong_type_is_refused_with_the_rule(key, text, rule):
         ("run: {max_steps: true}", "run.max_steps=True must be a whole number"),
         ("run: {dir: [a, b]}", "run.dir=['a', 'b'] must be text"),
         ("run: {resume: no}", "run.resume=False must be text"),
-        ("run: {allow_change: 3}", "run.allow_change=3 must be a list, e.g. [a, b]"),
+        ("run: {allow_change: true}", "run.allow_change=True must be a list, e.g. [a, b]"),
         ("optim: {learning_rate: [1]}", "optim.learning_rate=[1] must be a number"),
         ("run: 3", "section run (FILE) must hold keys, holds 3"),
         ("[1, 2]", "--config FILE: must be sections of keys, is a list"),

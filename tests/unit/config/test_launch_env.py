@@ -41,7 +41,7 @@ def test_other_launchers_give_no_layer():
     assert accelerate_layer({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}) is None
 
 
-@pytest.mark.parametrize(("word", "precision"), [("no", "fp32"), ("bf16", "bf16")])
+@pytest.mark.parametrize(("word", "precision"), [("no", "fp32"), ("bf16", "bf16"), ("fp16", "fp16")])
 def test_mixed_precision_becomes_precision(word, precision):
     assert settings({"ACCELERATE_MIXED_PRECISION": word}) == {"parallel.precision": precision}
 
@@ -85,6 +85,13 @@ def test_deepspeed_file_is_handed_on_and_wins_over_accelerates_own_words(tmp_pat
     }
 
 
+def test_a_deepspeed_file_may_ask_for_fp16(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}, "fp16": {"enabled": True}}))
+    values = settings({**ZERO2, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
+    assert values["parallel.precision"] == "fp16"
+
+
 def test_a_file_that_leaves_the_stage_open_takes_accelerates(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": "auto"}, "bf16": {"enabled": "auto"}}))
@@ -125,7 +132,6 @@ def test_gradient_clipping_becomes_max_grad_norm():
             "gradient_accumulation_steps=4",
             "data.global_batch_size",
         ),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision=fp16", "bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision=fp8", "bf16"),
     ],
 )

@@ -4,12 +4,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from contextlib import suppress
 
 import pytest
 import torch
 from data_tars import sample, write_tar
 
+from kandinsky_dist.data.batch import Batch
 from kandinsky_dist.data.dataset import ShardDataset
 from kandinsky_dist.data.indexing.index import index_shards
 from kandinsky_dist.data.loader import MAX_DEATHS, THREADS_PER_PROCESS, Loader
@@ -17,6 +20,7 @@ from kandinsky_dist.data.order import Order
 from kandinsky_dist.data.rows import Views
 from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.errors import DataError
+from kandinsky_dist.telemetry.meter import Meter
 
 
 def loader(manifest, *, rank=0, world_size=1, num_workers=0, global_batch_size=8, micro_batch_size=2):
@@ -80,6 +84,48 @@ def test_waiting_is_counted(make_corpus):
     first = data.data_wait_seconds
     next(steps)
     assert 0 < first < data.data_wait_seconds
+    steps.close()
+
+
+def test_what_is_waited_for_a_slow_source_is_the_meters_data_wait():
+    """The source blocks on an event that is set after a known wait: the figures can be told beforehand."""
+    is_asked, may_answer = threading.Event(), threading.Event()
+
+    class Slow:
+        num_samples = None
+
+        def batches(self, lists, num_threads):
+            for positions in lists:
+                is_asked.set()
+                may_answer.wait()
+                yield Batch(torch.tensor(positions), [""] * len(positions), None, None, None, None)
+
+    def hold() -> None:
+        is_asked.wait()
+        held.append(time.monotonic())
+        time.sleep(0.1)  # what the loader must count, whatever else delays it
+        held.append(time.monotonic())
+        may_answer.set()
+
+    held: list[float] = []
+    data = Loader(
+        Slow(), global_batch_size=2, micro_batch_size=2, rank=0, world_size=1, num_workers=0, device="cpu"
+    )
+    releaser = threading.Thread(target=hold)
+    releaser.start()
+    steps = data.steps(0)
+    before = time.monotonic()
+    meter = Meter(2, None, torch.device("cpu"), 1)
+    next(steps)  # waits for the event
+    after = time.monotonic()
+    releaser.join()
+    waited = data.data_wait_seconds
+    assert held[1] - held[0] <= waited <= after - before
+    next(steps)  # the event is set: nothing to wait for but the batch itself
+    meter.tick()
+    meter.tick()
+    fraction = meter.report(data.data_wait_seconds)["data_wait_fraction"]
+    assert waited / (time.monotonic() - before) <= fraction <= 1
     steps.close()
 
 
@@ -159,6 +205,7 @@ class Deadly:
     """A source whose worker is killed at a certain batch, each time it comes there."""
 
     num_samples = None
+    in_process = False
 
     def __init__(self, dataset, deadly):
         self.dataset = dataset

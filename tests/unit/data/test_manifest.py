@@ -1,5 +1,6 @@
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from kandinsky_dist.data.manifest import (
     load_manifest,
     write_manifest,
 )
+from kandinsky_dist.data.order import Order
 from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.data.tables import Place
 from kandinsky_dist.errors import DataError
@@ -62,6 +64,28 @@ def many(num_shards: int) -> Manifest:
         np.random.default_rng(0).integers(0, 256, (num_shards, 32), np.uint8),
         np.full((num_shards, NUM_ASPECTS), 1000),
     )
+
+
+def test_a_corpus_that_was_made_from_another_one_keeps_its_order(tmp_path):
+    """Though its shards are shorter, by which other chunks would be cut; on disk and in a mixture too."""
+    images = many(12)
+    rows = [images.shard(shard) for shard in range(12)]
+    outputs = Manifest.of(tmp_path, [replace(row, num_bytes=5000, order_bytes=row.num_bytes) for row in rows])
+    write_manifest(tmp_path, outputs)
+    read = load_manifest(str(tmp_path), "")
+    assert read.shard(3) == outputs.shard(3)
+    assert read.fingerprint == outputs.fingerprint
+    strangers = Manifest.of(tmp_path, [replace(row, num_bytes=5000) for row in rows])
+    assert outputs.fingerprint != strangers.fingerprint
+
+    def places(*manifests: Manifest) -> list[int]:
+        weights = [1.0] * len(manifests) if len(manifests) > 1 else None
+        found = Order(manifests, seed=0, weights=weights).locate(range(5000))
+        return (found.shards_B * 10**6 + found.indices_B).tolist()
+
+    assert places(read) == places(images) != places(strangers)
+    assert places(read, strangers) == places(images, strangers)
+    assert concatenate([read, images]).order_bytes == 2 * images.order_bytes
 
 
 def test_a_hundred_thousand_shards_open_at_once(tmp_path):

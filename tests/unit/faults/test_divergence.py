@@ -17,8 +17,9 @@ LEVEL = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.1, 0.9, 1.02, 0.98]  # median 1.0, MA
 LIMIT = 1.0 + 6 * 1.4826 * 0.05
 
 
-def judge(guard, losses, skipped=None, *, health=None, first_step=1):
-    return (health or Health()).judge(guard, first_step, losses, skipped or [False] * len(losses))
+def judge(guard, losses, skipped=None, rescaled=None, *, health=None, first_step=1):
+    none = [False] * len(losses)
+    return (health or Health()).judge(guard, first_step, losses, skipped or none, rescaled or none)
 
 
 def test_the_run_of_nonfinite_steps_must_be_whole():
@@ -31,6 +32,16 @@ def test_the_run_of_nonfinite_steps_must_be_whole():
 
 def test_a_step_that_was_skipped_is_nonfinite_whatever_its_loss():
     assert judge(GuardConfig(max_nonfinite_steps=2), [1.0, 1.0, 1.0], [False, True, True]).since_step == 2
+
+
+def test_a_step_that_was_rescaled_is_neither_bad_nor_healthy_if_its_loss_is_a_number():
+    guard, yes = GuardConfig(max_nonfinite_steps=2), [True] * 3
+    health = Health()
+    assert judge(guard, [1.0, 1.0, 1.0], yes, yes, health=health) is None
+    assert (health.last_healthy_step, health.num_nonfinite_steps) == (0, 0)
+    assert judge(guard, [1.0, NAN, NAN], yes, yes).since_step == 1
+    found = judge(guard, [1.0, 1.0, 1.0, 1.0], [False, *yes], [False, False, True, False])
+    assert (found.since_step, found.reason) == (2, "2 non-finite steps in a row")
 
 
 def test_nonfinite_steps_are_never_a_divergence_where_that_is_switched_off():

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from kandinsky_dist.errors import ConfigError
-from kandinsky_dist.models.blocks import blocks, enable_gradient_checkpointing, set_attention
+from kandinsky_dist.models.blocks import (
+    SDPA_KERNELS,
+    blocks,
+    check_attention,
+    enable_gradient_checkpointing,
+    set_attention,
+)
 from kandinsky_dist.models.load import ModelSource, freeze_statistics
 
 
@@ -133,3 +139,38 @@ def test_sdpa_is_the_default_and_xformers_asks_for_what_it_needs(network):
     missing = importlib.util.find_spec("xformers") is None
     with pytest.raises(ConfigError, match=r"kandinsky-dist\[xformers\]" if missing else "needs a CUDA GPU"):
         set_attention(model, "xformers")
+
+
+def test_a_chosen_kernel_is_the_one_that_runs_and_only_where_it_is_chosen(network):
+    build, loss, inner = network
+    plain, _ = gradients_and_calls(build(), loss, inner)
+    model = build()
+    set_attention(model, "flash")
+    enable_gradient_checkpointing(model)  # what is recomputed takes the same kernel
+    with torch.profiler.profile() as profile:
+        found, _ = gradients_and_calls(model, loss, inner)
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+    for name, gradient in plain.items():
+        if gradient is not None:
+            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+    unavailable = build()
+    set_attention(unavailable, "cudnn")
+    with pytest.raises(RuntimeError):
+        loss(unavailable)
+    loss(build())  # nothing is left behind
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_a_kernel_that_is_not_there_is_refused_in_a_line():
+    cpu = torch.device("cpu")
+    for is_masked in (False, True):
+        for dtype in (torch.float32, torch.bfloat16):
+            check_attention("sdpa", cpu, dtype, is_masked=is_masked)
+            check_attention("flash", cpu, dtype, is_masked=is_masked)
+            for attention in set(SDPA_KERNELS) - {"flash"}:
+                with pytest.raises(
+                    ConfigError, match=f"parallel.attention={attention} has no kernel here"
+                ) as it:
+                    check_attention(attention, cpu, dtype, is_masked=is_masked)
+                assert ("the prior needs" in str(it.value)) == is_masked

@@ -163,3 +163,48 @@ def test_every_trained_parameter_gets_a_gradient_once_statistics_are_frozen(prio
 def test_messages_name_no_more_than_one_line_of_a_foreign_error(copy):
     (copy / "prior" / WEIGHTS).write_bytes(b"\xff" * 100)
     assert re.fullmatch(r".*: copy or download it again", refusal(copy))
+
+
+def test_weights_of_another_folder_take_the_place_of_the_pipelines(tmp_path, prior_folder):
+    """The network's own folder, or one in which it lies; what is not of the architecture plays no part."""
+    initialise("tiny", tmp_path / "other", seed=3, tokenizer=str(prior_folder))
+    other = ModelSource(tmp_path / "other" / "prior", "prior").state_dict()
+    source = ModelSource(prior_folder, "prior")
+    average = shutil.copytree(tmp_path / "other" / "prior" / "prior", tmp_path / "prior_ema")
+    settings = json.loads((average / "config.json").read_text())
+    (average / "config.json").write_text(json.dumps({**settings, "decay": 0.9999, "optimization_step": 3}))
+    for name in (tmp_path / "other" / "prior", tmp_path / "other" / "prior" / "prior", average):
+        found = source.with_weights(str(name))
+        weights = found.state_dict()
+        assert weights.keys() == other.keys()
+        assert all(torch.equal(weights[name], other[name]) for name in other)
+        assert found.fingerprint == source.fingerprint
+        assert found.config == source.config
+
+
+def test_weights_of_another_network_are_refused_in_one_line(tmp_path, prior_folder, decoder_folder):
+    source = ModelSource(prior_folder, "prior")
+
+    def refused(folder):
+        with pytest.raises(ConfigError) as caught:
+            source.with_weights(str(folder))
+        assert str(caught.value).startswith(f"model.weights={folder} ")
+        return str(caught.value)
+
+    assert "neither config.json nor prior/config.json" in refused(tmp_path / "nothing")
+    assert "neither config.json nor prior/config.json" in refused(decoder_folder)
+    assert "_class_name=UNet2DConditionModel" in refused(decoder_folder / "unet")
+    other = shutil.copytree(prior_folder / "prior", tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "num_attention_heads": 2}))
+    assert f"num_attention_heads=2, {prior_folder} has 4: the two must be of one architecture" in refused(
+        other
+    )
+    (other / "config.json").write_text(json.dumps(settings))
+    weights = load_file(other / WEIGHTS)
+    save_file({**weights, "more": torch.zeros(1)}, other / WEIGHTS)
+    with pytest.raises(ConfigError, match="more"):
+        source.with_weights(str(other))
+    (other / WEIGHTS).rename(other / "diffusion_pytorch_model.bin")
+    with pytest.raises(ConfigError, match="a pickle, which is never read"):
+        source.with_weights(str(other))

@@ -3,17 +3,18 @@
 import json
 
 import pytest
+import torch
 
 from kandinsky_dist.config import loader
 from kandinsky_dist.errors import ConfigError
 from kandinsky_dist.parallel.ds_config import complete, shipped_file
 
 
-def settings_of(strategy, file=None, **values):
+def settings_of(strategy, file=None, *, precision=torch.bfloat16, **values):
     layers = [loader.Layer("test", {"parallel.strategy": strategy, **values})]
     if file is not None:
         layers.append(loader.Layer("test", {"parallel.ds_config": str(file)}))
-    return complete(loader.load("prior", None, layers).config, world_size=2, num_micro=4, is_bf16=True)
+    return complete(loader.load("prior", None, layers).config, world_size=2, num_micro=4, precision=precision)
 
 
 @pytest.mark.parametrize("strategy", ["zero0", "zero1", "zero2", "zero3"])
@@ -99,6 +100,29 @@ def test_a_contradiction_is_one_line(content, line, tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=line):
         settings_of("zero2", file)
+
+
+def test_what_a_file_leaves_open_about_the_loss_scale_is_as_elsewhere(tmp_path):
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"fp16": {"enabled": "auto", "loss_scale": 0, "hysteresis": 2}}))
+    found = settings_of("zero2", file, precision=torch.float16)
+    assert found["bf16"]["enabled"] is False
+    assert found["fp16"] == {
+        "enabled": True,
+        "loss_scale": 0,
+        "initial_scale_power": 16,
+        "loss_scale_window": 2000,
+        "min_loss_scale": 1,
+        "hysteresis": 2,
+    }
+    assert settings_of("zero2", file)["fp16"]["enabled"] is False
+
+
+def test_a_fixed_loss_scale_is_refused(tmp_path):
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"fp16": {"loss_scale": 128}}))
+    with pytest.raises(ConfigError, match=r"fp16\.loss_scale=128, the run has 0 \(which is a dynamic one\)"):
+        settings_of("zero2", file, precision=torch.float16)
 
 
 def test_a_file_that_overlaps_contradicts_a_run_that_does_not(tmp_path):

@@ -8,7 +8,8 @@ gradients too, stage 3 all.
 
 from dataclasses import dataclass
 
-_LOW_BYTES = {"bf16": 2.0, "fp32": 4.0}
+LOW_BYTES = {"bf16": 2.0, "fp16": 2.0, "fp32": 4.0}
+"""By value of what the network computes with."""
 _MASTER_BYTES = 4.0
 _MOMENTS_BYTES = 8.0
 
@@ -38,7 +39,7 @@ def bytes_per_parameter(strategy: str, precision: str, world_size: int) -> State
 
     Args:
         strategy: as parallel.strategy.
-        precision: "bf16" or "fp32".
+        precision: "bf16", "fp16" or "fp32".
         world_size: N.
     """
     if strategy in ("ddp", "fsdp2", "zero0"):
@@ -46,7 +47,7 @@ def bytes_per_parameter(strategy: str, precision: str, world_size: int) -> State
         return States(
             weights=4.0 / num_shards, gradients=4.0, masters=0.0, moments=_MOMENTS_BYTES / num_shards
         )
-    low, stage = _LOW_BYTES[precision], int(strategy.removeprefix("zero"))
+    low, stage = LOW_BYTES[precision], int(strategy.removeprefix("zero"))
     return States(
         weights=low / (world_size if stage >= 3 else 1),
         gradients=low / (world_size if stage >= 2 else 1),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kandinsky_dist.bench.textbook import bytes_per_parameter
+from kandinsky_dist.estimate.textbook import bytes_per_parameter
 
 # Rajbhandari et al. 2020, figure 1: 7.5 B parameters, 64 ranks, mixed-precision Adam; GB of 10^9 bytes.
 FIGURE_1_GB = {"ddp": 120.0, "zero1": 31.4, "zero2": 16.6, "zero3": 1.9}

@@ -1,0 +1,1 @@
+"""How a run is doing, from the files of its folder alone. No torch."""

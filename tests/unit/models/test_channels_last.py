@@ -1,0 +1,62 @@
+"""channels_last: where it is, and that flat weights and gradients stay what they are."""
+
+import torch
+from torch import nn
+
+from kandinsky_dist.models.frozen import load_movq
+from kandinsky_dist.models.layout import is_channels_last, lay_out_activations, lay_out_weights
+from kandinsky_dist.models.load import ModelSource
+
+LAST = torch.channels_last
+
+
+def unet_of(decoder_folder):
+    source = ModelSource(decoder_folder, "unet")
+    model = source.build()
+    model.load_state_dict(source.state_dict())
+    return model
+
+
+def loss_of(model):
+    generator = torch.Generator().manual_seed(1)
+    embeds = {"image_embeds": torch.randn(2, 64, generator=generator)}
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    return model(latents, torch.tensor([3, 900]), None, added_cond_kwargs=embeds).sample.square().mean()
+
+
+def test_a_trained_network_has_its_pictures_so_and_its_weights_not(decoder_folder):
+    plain, model = unet_of(decoder_folder), unet_of(decoder_folder)
+    lay_out_activations(model)
+    lay_out_activations(model)
+    outputs = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
+    losses = loss_of(plain), loss_of(model)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-6, rtol=1e-5)
+    assert len(outputs) > 30
+    assert all(output.is_contiguous(memory_format=LAST) for output in outputs)
+    expected = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.is_contiguous(), name
+        assert parameter.grad.is_contiguous(), name
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_a_frozen_network_has_its_weights_so(decoder_folder):
+    plain, movq = (load_movq(decoder_folder, torch.float32, "cpu", encode_only=True) for _ in range(2))
+    lay_out_weights(movq)
+    kernels = [layer.weight for layer in movq.modules() if isinstance(layer, nn.Conv2d)]
+    assert all(weight.is_contiguous(memory_format=LAST) for weight in kernels)
+    pixels_BCHW = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        expected, found = (model.encode(pixels_BCHW).latents for model in (plain, movq))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_device_decides_unless_told():
+    assert is_channels_last(None) == torch.cuda.is_available()
+    assert is_channels_last(True)
+    assert not is_channels_last(False)
