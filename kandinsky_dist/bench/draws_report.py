@@ -72,15 +72,8 @@ def to_markdown(record: Record) -> str:
         for stage in stages
         for kind in KINDS
     }
-    same_captions = table(
-        [
-            Column("steps", str),
-            Column("loss", loss),
-            Column("captions alone", captions_alone),
-            *of_draws(variance),
-        ],
-        stages,
-    )
+    progress = [Column("steps", str), Column("loss", loss), Column("captions alone", captions_alone)]
+    same_captions = table([*progress, *of_draws(variance)], stages)
     networks = Column("networks", lambda kind: KINDS[kind], is_number=False)
     cost = table(
         [networks, *of_draws(lambda kind, draws: f"{share(stages[-1], draws, f'{kind}_flops'):.0f} %")], KINDS
