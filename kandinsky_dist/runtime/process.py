@@ -85,11 +85,11 @@ def cpu_group() -> dist.ProcessGroup:
 def _keep_flight_record(prefix: Path) -> None:
     """Asks NCCL to remember its last collectives; what the environment says already stands.
 
-    Must come before the process group is made. Each setting is given under its newer and its older name.
+    Must come before the process group is made. The file is given under its newer and its older name; of the
+    buffer's older one torch 2.9 and later would warn on every rank.
     """
     for name, value in (
         ("FR_BUFFER_SIZE", NUM_RECORDED_COLLECTIVES),
-        ("NCCL_TRACE_BUFFER_SIZE", NUM_RECORDED_COLLECTIVES),
         ("NCCL_DUMP_ON_TIMEOUT", 1),
         ("FR_DUMP_TEMP_FILE", prefix),
         ("NCCL_DEBUG_INFO_TEMP_FILE", prefix),

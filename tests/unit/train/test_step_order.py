@@ -11,7 +11,7 @@ from kandinsky_dist.train.step import train_step
 class Engine:
     """Writes down what it is asked to do."""
 
-    gathers_weights = True
+    gathers_weights = False
 
     def __init__(self, calls):
         self.calls = calls
