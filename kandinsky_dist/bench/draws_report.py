@@ -110,7 +110,8 @@ def to_markdown(record: Record) -> str:
 
 
 def _verdict(left: dict[tuple[int, str], list[float]]) -> str:
-    paying = [
-        f"{KINDS[kind]} after {stage} steps" for (stage, kind), shares in left.items() if min(shares) < 100
-    ]
-    return f"for {'; '.join(paying)}." if paying else "nowhere."
+    paying = {place for place, shares in left.items() if min(shares) < 100}
+    if len(paying) == len(left):
+        return "in every row."
+    rows = [f"{KINDS[kind]} after {stage} steps" for stage, kind in left if (stage, kind) in paying]
+    return f"in these rows: {'; '.join(rows)}." if rows else "in no row."
