@@ -25,7 +25,7 @@ from kandinsky_dist.models.architectures import Size, architecture
 from kandinsky_dist.models.init import initialise
 from kandinsky_dist.objectives.base import Prepared
 from kandinsky_dist.objectives.prior import PriorObjective
-from kandinsky_dist.optim.adamw import build_adamw
+from kandinsky_dist.optim.adamw import build_adamw, set_learning_rate
 from kandinsky_dist.runtime.process import Process
 from kandinsky_dist.telemetry.flops import count_flops
 from kandinsky_dist.train import corpora
@@ -97,6 +97,7 @@ def measure(shards: str, models: Path, *, stages: Sequence[int], num_captions: i
     model = _initial(config, folders)
     trained = [item for item in model.named_parameters() if item[1].requires_grad]
     optimizer = build_adamw(trained, config.optim)
+    set_learning_rate(optimizer, config.optim.learning_rate)
     process = Process(rank=0, local_rank=0, world_size=1, device=CPU)
     order = corpora.training_order(config)
     steps = corpora.build_loader(config, folders.prior, order, process, is_training=True).steps(0)
@@ -121,6 +122,7 @@ def measure(shards: str, models: Path, *, stages: Sequence[int], num_captions: i
                 {
                     "num_steps": stage,
                     "noise_draws": draws,
+                    "loss": whole.losses / whole.count,
                     "variance": whole.variance,
                     "shared_variance": whole.shared_variance,
                     "squared_mean": whole.squared_mean,
@@ -158,6 +160,7 @@ class _Moments:
     """Sums over the gradients of some captions' losses, each with one noise and again with another."""
 
     count: int = 0
+    losses: float = 0.0
     squares: float = 0.0
     products: float = 0.0
     sum_P: Tensor | float = 0.0
@@ -165,6 +168,7 @@ class _Moments:
     def __add__(self, other: "_Moments") -> "_Moments":
         return _Moments(
             self.count + other.count,
+            self.losses + other.losses,
             self.squares + other.squares,
             self.products + other.products,
             self.sum_P + other.sum_P,
@@ -197,18 +201,20 @@ def _moments(
     """By number of draws; the second noise is drawn for one draw only."""
     found = {draws: _Moments() for draws in NOISE_DRAWS}
     for caption in captions:
-        again_P = _gradient(model, replace(objective, seed=objective.seed + 1), caption)
+        _, again_P = _gradient(model, replace(objective, seed=objective.seed + 1), caption)
         for draws in NOISE_DRAWS:
-            gradient_P = _gradient(model, replace(objective, noise_draws=draws), caption)
-            product = float(gradient_P @ again_P)
-            found[draws] += _Moments(1, float(gradient_P.square().sum()), product, gradient_P)
+            loss, gradient_P = _gradient(model, replace(objective, noise_draws=draws), caption)
+            square, product = float(gradient_P.square().sum()), float(gradient_P @ again_P)
+            found[draws] += _Moments(1, loss, square, product, gradient_P)
     return found
 
 
-def _gradient(model: nn.Module, objective: PriorObjective, caption: Prepared) -> Tensor:
+def _gradient(model: nn.Module, objective: PriorObjective, caption: Prepared) -> tuple[float, Tensor]:
+    """A caption's loss and its gradient."""
     parameters = [item for item in model.parameters() if item.requires_grad]
-    gradients = torch.autograd.grad(objective.losses(model, caption).sum(), parameters)
-    return torch.cat([gradient.flatten() for gradient in gradients]).double()
+    loss = objective.losses(model, caption).sum()
+    gradients = torch.autograd.grad(loss, parameters)
+    return loss.item(), torch.cat([gradient.flatten() for gradient in gradients]).double()
 
 
 def prior_flops(size: Size, num_text_tokens: int, noise_draws: int) -> float:

@@ -57,6 +57,9 @@ def to_markdown(record: Record) -> str:
         error = 100 * by_place[stage, draws]["ratio_standard_error"]
         return f"{share(stage, draws, 'variance'):.1f} +- {error:.1f} %"
 
+    def loss(stage: int) -> str:
+        return f"{by_place[stage, 1]['loss']:.3f}"
+
     def captions_alone(stage: int) -> str:
         one = by_place[stage, 1]
         return f"{100 * one['shared_variance'] / one['variance']:.0f} %"
@@ -69,9 +72,8 @@ def to_markdown(record: Record) -> str:
         for stage in stages
         for kind in KINDS
     }
-    same_captions = table(
-        [Column("steps", str), Column("captions alone", captions_alone), *of_draws(variance)], stages
-    )
+    progress = [Column("steps", str), Column("loss", loss), Column("captions alone", captions_alone)]
+    same_captions = table([*progress, *of_draws(variance)], stages)
     networks = Column("networks", lambda kind: KINDS[kind], is_number=False)
     cost = table(
         [networks, *of_draws(lambda kind, draws: f"{share(stages[-1], draws, f'{kind}_flops'):.0f} %")], KINDS

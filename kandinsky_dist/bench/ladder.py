@@ -4,7 +4,6 @@ To add a lever, add a rung. Its settings go on top of those of the kept rungs be
 switch or package is not there is left out, and the page says so.
 """
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +29,6 @@ class Rung:
         is_kept: whether the rungs above stand on it; else it is tried once, beside the ladder.
         stages: that it applies to.
         devices: where it is worth a try.
-        needs: a package that training does without otherwise.
         why: what it does, for the page; no figures.
     """
 
@@ -41,16 +39,13 @@ class Rung:
     is_kept: bool = True
     stages: tuple[Stage, ...] = STAGES
     devices: tuple[str, ...] = ("cpu", "cuda")
-    needs: str | None = None
     why: str
 
     def missing(self) -> list[str]:
-        """Settings and levers that this version does not have, and a package that is not installed."""
+        """Settings and levers that this version does not have."""
         found = [f"{key}={value}" for key, value in self.settings.items() if not _is_known(key, value)]
         if self.brings is not None and not is_there(self.brings):
             found.append(self.brings)
-        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
-            found.append(f"package {self.needs}")
         return found
 
 
@@ -87,6 +82,20 @@ RUNGS = (
         why="what the frozen networks say of a sample is read from the shards; none of them is loaded",
     ),
     Rung(
+        name="+ 4 noise draws a caption",
+        settings={"objective.noise_draws": "4"},
+        stages=("prior",),
+        is_kept=False,
+        why="draws share the text's part of the forward pass; more work a sample, for less variance",
+    ),
+    Rung(
+        name="+ bf16",
+        settings={"parallel.precision": "bf16"},
+        devices=("cpu",),
+        is_kept=False,
+        why="half the bytes; a gain only where the processor multiplies bf16 itself",
+    ),
+    Rung(
         name="+ channels_last",
         settings={"parallel.channels_last": "true"},
         off={"parallel.channels_last": "false"},
@@ -108,13 +117,6 @@ RUNGS = (
         why="torch.compile fuses the blocks' small operations",
     ),
     Rung(
-        name="+ 4 noise draws a caption",
-        settings={"objective.noise_draws": "4"},
-        stages=("prior",),
-        is_kept=False,
-        why="draws share the text's part of the forward pass; more work a sample, for less variance",
-    ),
-    Rung(
         name="+ cuDNN attention",
         settings={"parallel.attention": "cudnn"},
         stages=("decoder",),
@@ -125,18 +127,10 @@ RUNGS = (
     Rung(
         name="+ float8",
         settings={"parallel.float8": "true"},
-        needs="torchao",
         stages=("prior",),
         devices=("cuda",),
         is_kept=False,
         why="matrices are multiplied in 8 bits; another arithmetic than the baseline's",
-    ),
-    Rung(
-        name="+ bf16",
-        settings={"parallel.precision": "bf16"},
-        devices=("cpu",),
-        is_kept=False,
-        why="half the bytes; a gain only where the processor multiplies bf16 itself",
     ),
 )
 
@@ -156,11 +150,15 @@ def cases(
         common: settings of all of a stage's cases.
         device: "cpu" or "cuda".
         world_size: ranks of each case.
+
+    Raises:
+        ConfigError: the common settings cannot work.
     """
     found, left_out = [], list[str]()
     for stage in stages:
         shared: dict[str, Any] = {"stage": stage, "common": common[stage], "world_size": world_size}
         found.append(Case(name=BASELINE, way="incumbent", **shared))
+        found[-1].resolved()  # what is wrong with the common settings is no reason to leave rungs out
         below, kept = BASELINE, dict[str, str]()
         rungs = [rung for rung in RUNGS if stage in rung.stages and device in rung.devices]
         for number, rung in enumerate(rungs):
@@ -170,17 +168,21 @@ def cases(
             later = [other.brings for other in rungs[number + 1 :]]
             without = tuple(lever for lever in later if lever is not None and is_there(lever))
             settings = {**_off(rungs[number + 1 :]), **kept, **rung.settings}
-            found.append(
-                Case(
-                    name=rung.name,
-                    settings=settings,
-                    without=without,
-                    added_to=below,
-                    is_beside=not rung.is_kept,
-                    more={"why": rung.why},
-                    **shared,
-                )
+            case = Case(
+                name=rung.name,
+                settings=settings,
+                without=without,
+                added_to=below,
+                is_beside=not rung.is_kept,
+                more={"why": rung.why},
+                **shared,
             )
+            try:
+                case.resolved()
+            except ConfigError as error:  # a package that is missing, most likely
+                left_out.append(f"{stage}, {rung.name}: {error}")
+                continue
+            found.append(case)
             if rung.is_kept:
                 below, kept = rung.name, {**kept, **rung.settings}
     return found, left_out

@@ -35,7 +35,8 @@ NOTHING_YET = """\
 No record is here yet. The commands below make some.
 """
 HOW_TO_RUN = """\
-The whole suite for a machine without a GPU takes less than 8 minutes on 2 idle cores:
+The whole suite for a machine without a GPU is cut to fit into 8 minutes on 2 idle cores; each record says how
+long it took:
 
 ```bash
 pip install -e '.[report]'
@@ -43,9 +44,9 @@ kandinsky-dist bench suite OUT
 kandinsky-dist bench render OUT        # this page, from OUT's records
 ```
 
-It is `bench train OUT --size small` and `bench scaling OUT --size tiny`. On a machine with GPUs,
-`kandinsky-dist bench suite OUT --size full` measures the published shapes, with random weights, which time as
-trained ones do; under Slurm: `sbatch --gpus-per-node 8 --exclusive slurm/bench.sbatch OUT`.
+It is `bench train OUT --size small` and `bench scaling OUT --size tiny --stage prior`. On a machine with
+GPUs, `kandinsky-dist bench suite OUT --size full` measures the published shapes, with random weights, which
+time as trained ones do; under Slurm: `sbatch --gpus-per-node 8 --exclusive slurm/bench.sbatch OUT`.
 
 Any setting can be compared with any other, on networks and shards of your own:
 
@@ -150,13 +151,11 @@ def _train(path: Path, record: Record) -> list[str]:
 
 
 def _picture(path: Path) -> list[str]:
-    """The record's picture, where it lies beside it."""
-    name = path.with_suffix(".png")
-    return (
-        [f"![Samples a second and parts of a step](records/performance/{name.name})\n"]
-        if name.is_file()
-        else []
-    )
+    """The record's picture, where it lies beside it: seen from docs/, or from its own folder."""
+    picture = path.with_suffix(".png")
+    is_published = picture.parent.parts[-2:] == ("records", "performance")
+    link = f"records/performance/{picture.name}" if is_published else picture.name
+    return [f"![Samples a second]({link})\n"] if picture.is_file() else []
 
 
 def _levers(rows: Sequence[Row]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from kandinsky_dist.bench.record import Record
 from kandinsky_dist.bench.render import Column, provenance, table, wrapped
-from kandinsky_dist.bench.train_report import DASH, Row, exposed_seconds, how, ratio, stages_of
+from kandinsky_dist.bench.train_report import DASH, Row, count, exposed_seconds, how, ratio, stages_of
 from kandinsky_dist.optional import require
 
 OWN_DEVICES = """
@@ -74,7 +74,7 @@ def scaling_table(record: Record, stage: str) -> str:
 def reading(record: Record) -> str:
     """What the columns mean on this hardware."""
     fewest = min(row["world_size"] for row in record.rows)
-    words = "1 rank" if fewest == 1 else f"{fewest} ranks"
+    words = count(fewest, "rank")
     text = SHARED_CORES if record.setting["shares_cores"] else OWN_DEVICES
     return wrapped(text.format(fewest=words)) + "\n\n" + READING
 

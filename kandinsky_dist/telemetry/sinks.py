@@ -118,7 +118,8 @@ class TensorBoard:
 
             # purge_step hides what an earlier start logged from this step on: the last entry counts here too.
             _hush_writer_threads()
-            self._writer = SummaryWriter(str(self._folder), purge_step=step)
+            with _naming(self._folder):
+                self._writer = SummaryWriter(str(self._folder), purge_step=step)
         with _naming(self._folder):
             for key, value in entry.items():
                 if key != "step":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.objective import padded
 from torch import Tensor
 
 from kandinsky_dist.checkpoint.layout import RankTensors, write_tensors
@@ -114,8 +115,9 @@ def next_losses(trainer: Trainer, num_steps: int) -> list[float]:
     steps, losses = trainer.loader.steps(trainer.state.samples_consumed), []
     for _ in range(num_steps):
         rate = trainer.learning_rate()
+        prepared = [trainer.objective.prepare(batch) for batch in next(steps)]
         loss, _outcome = train_step(
-            trainer.strategy, trainer.objective, trainer.model, next(steps), learning_rate=rate
+            trainer.strategy, trainer.objective, trainer.model, prepared, learning_rate=rate
         )
         trainer.state.advance(trainer.config.data.global_batch_size)
         torch.distributed.all_reduce(loss)
@@ -146,15 +148,18 @@ def go_on_beside_a_script(
         for _ in range(num_steps):
             microbatches = next(steps)
             rate = trainer.learning_rate()
+            prepared = [trainer.objective.prepare(batch) for batch in microbatches]
             for batch in microbatches:
-                losses_B = trainer.objective.losses(theirs, trainer.objective.prepare(batch))
+                # Their forward takes 77 tokens, no fewer.
+                whole = trainer.objective.prepare(batch if stage == "decoder" else padded(batch, 77))
+                losses_B = trainer.objective.losses(theirs, whole)
                 (losses_B.mean() / len(microbatches)).backward()
             torch.nn.utils.clip_grad_norm_(theirs.parameters(), trainer.config.optim.max_grad_norm)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
-            train_step(trainer.strategy, trainer.objective, trainer.model, microbatches, learning_rate=rate)
+            train_step(trainer.strategy, trainer.objective, trainer.model, prepared, learning_rate=rate)
             trainer.state.advance(trainer.config.data.global_batch_size)
         steps.close()
         ours = dict(trainer.strategy._named)

@@ -71,7 +71,7 @@ def saved(request, tiny_models, small_corpus, tmp_path_factory) -> tuple[str, Pa
 
 
 def convert(*words: object) -> str:
-    done = forked.command("checkpoint", "convert", *words)
+    done = forked.command("checkpoint", "convert", *words, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -97,7 +97,7 @@ def test_what_deepspeed_saved_goes_on_as_if_it_had_never_stopped(saved, tiny_mod
     assert refused.returncode == 1
     words = f"--input_folder {partitions} --output_folder {partitions}_universal"
     assert f"python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state {words}" in refused.stderr
-    done = forked.call(to_universal, partitions, Path(f"{partitions}_universal"))
+    done = forked.call(to_universal, partitions, Path(f"{partitions}_universal"), timeout=300)
     assert done.returncode == 0, done.stderr
     said = convert(folder / "ds", tmp_path / "out")
     assert f"continue with run.resume={tmp_path / 'out'}, at step {SAVED_AT} and sample 36" in said
@@ -111,6 +111,7 @@ def test_what_deepspeed_saved_goes_on_as_if_it_had_never_stopped(saved, tiny_mod
         run_dir=tmp_path / "run",
         world_size=2,
         strategy=strategy,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == losses(folder / "run")[SAVED_AT:]
@@ -162,7 +163,7 @@ def test_what_a_diffusers_script_saved_goes_on(stage, tiny_models, small_corpus,
     """Weights, moments and average to the last bit, and then AdamW's own steps."""
     component = "prior" if stage == "prior" else "unet"
     arguments = {"num_steps": 4, "use_ema": True}
-    done = forked.call(save_one, tiny_models / stage, component, tmp_path / "theirs", arguments)
+    done = forked.call(save_one, tiny_models / stage, component, tmp_path / "theirs", arguments, timeout=300)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "theirs" / "checkpoint-4"
     said = convert(folder, tmp_path / "ours", "--global-batch-size", 8)
@@ -187,7 +188,7 @@ def test_what_a_diffusers_script_saved_goes_on(stage, tiny_models, small_corpus,
         **STAGE_DEFAULTS[stage],
         **dict(word.removeprefix("--").split("=", 1) for word in words[2:]),
     }
-    done = forked.call(go_on_beside_a_script, stage, settings, folder, 3, tmp_path)
+    done = forked.call(go_on_beside_a_script, stage, settings, folder, 3, tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "average with decay" not in done.stderr, "it must not be dropped or begun anew"
     differences = json.loads((tmp_path / "differences.json").read_text())

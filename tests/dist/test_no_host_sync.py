@@ -53,11 +53,11 @@ def test_deepspeed_alone_reads(strategy, tiny_models, small_corpus, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["auto", "fp16"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_cuda_never_waits_in_a_step(strategy, precision, tiny_models, small_corpus, tmp_path, monkeypatch):
     """torch itself raises where the host would wait for the GPU."""
-    assert torch.cuda.is_available()
     monkeypatch.setitem(forked.ENVIRONMENT, "CUDA_VISIBLE_DEVICES", "0")
     places = (tiny_models, small_corpus, tmp_path)
     assert not readers("prior", strategy, *places, world_size=1, precision=precision)

@@ -74,7 +74,7 @@ def cached(tiny_models, small_corpus, tmp_path_factory):
     def make(case: str) -> Path:
         if case not in made:
             made[case] = tmp_path_factory.mktemp(case)
-            for part in ("train", "validation"):
+            for part in ("train",) if case == "buckets" else ("train", "validation"):
                 precompute(case, tiny_models, small_corpus / part, made[case] / part)
         return made[case]
 
@@ -119,10 +119,10 @@ def test_every_tensor_is_what_the_encoders_say_and_no_encoder_is_loaded(
         objective = build.build_objective(config, folders, torch.device("cpu"), torch.float32, cache)
         if source == "cached":
             assert encoders_in_memory() == []
-        # Half an epoch: whole and dropped captions, mirrored images, and all shapes.
+        # Whole and dropped captions, mirrored images, several shapes.
         loader = loader_of(config)
         return [
-            objective.prepare(batch_at(loader, range(first, first + BATCH))) for first in range(0, 48, BATCH)
+            objective.prepare(batch_at(loader, range(first, first + BATCH))) for first in range(0, 36, BATCH)
         ]
 
     for kept, live in zip(prepared(cached(case), "cached"), prepared(small_corpus, "raw"), strict=True):
@@ -198,12 +198,14 @@ def test_damaged_samples_keep_their_place_and_are_replaced_as_damaged_images_are
 
 
 def test_outputs_on_a_server_are_trained_on_as_those_on_a_disk(tiny_models, cached, tmp_path):
+    # Records of tiny models are so short that the usual read-ahead would be hundreds of epochs.
     settings = (*SETTINGS, "data.source=cached", "run.max_steps=2", "data.group_by_length=false")
+    settings += ("data.read_ahead_mib=1",)
     with http_server(cached("prior")) as server:
         for name, shards in (("disk", cached("prior") / "train"), ("server", f"{server.url}/train/")):
             done = forked.train(
                 "prior", *settings, f"data.shards={shards}", "data.num_workers=1",
-                models=tiny_models, corpus=cached("prior"), run_dir=tmp_path / name, timeout=300,
+                models=tiny_models, corpus=cached("prior"), run_dir=tmp_path / name,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "server") == losses(tmp_path / "disk")

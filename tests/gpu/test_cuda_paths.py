@@ -154,7 +154,7 @@ def test_a_compiled_step_is_the_same_step(tiny_models, small_corpus, tmp_path, a
 
 
 def test_a_profile_has_kernels_and_a_memory_snapshot(tmp_path, device):
-    meter = Meter(1, None, device, 1)
+    meter = Meter(1, device)
     profiler = Profiler(TelemetryConfig(profile=("1",)), tmp_path, Process(0, 0, 1, device), meter.pause)
     with profiler.step(1):
         torch.randn(256, 256, device=device) @ torch.randn(256, 256, device=device)

@@ -70,7 +70,7 @@ def train_arguments(
 
 
 def command(
-    *arguments: object, world_size: int = 1, timeout: float = 120
+    *arguments: object, world_size: int = 1, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Runs one `kandinsky-dist` command on one thread a process, without a GPU."""
     started = ["-m", "kandinsky_dist", *map(str, arguments)]

@@ -56,7 +56,7 @@ def train(
 
 
 def command(
-    *words: object, world_size: int = 1, timeout: float = 120, environment: Mapping[str, str] | None = None
+    *words: object, world_size: int = 1, timeout: float = 300, environment: Mapping[str, str] | None = None
 ) -> CompletedProcess[str]:
     """`helpers.command.command`, as `train` above; `environment` is added to that of the fork server."""
     from kandinsky_dist.cli import main

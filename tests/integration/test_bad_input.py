@@ -140,7 +140,7 @@ FILES = [
     (b"run:\n  seed: 3\n  seed: 4\n", "--config *c.yaml: not valid YAML: seed is given twice *line 3, column 3*"),
     (b"run:\n  seed: 3\nrun:\n  dir: x\n", "--config *c.yaml: not valid YAML: run is given twice *line 3, column 1*"),
     (b"optim:\n  learning_rate:\n", "optim.learning_rate=None must be a number"),
-    (b"parallel:\n  precision: no\n", "parallel.precision=False is not one of auto, fp32, bf16"),
+    (b"parallel:\n  precision: no\n", "parallel.precision=False is not one of auto, fp32, bf16, fp16"),
     (b"stage: decoder\n", "--config *c.yaml is for stage decoder, the command trains prior"),
 ]  # fmt: skip
 

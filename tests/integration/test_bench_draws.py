@@ -16,7 +16,7 @@ pytestmark = pytest.mark.integration
 def record(tiny_models, small_corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("draws")
     places = ["--shards", str(small_corpus / "train"), "--models", str(tiny_models)]
-    assert main(["bench", "draws", str(out), *places, "--steps", "0", "3", "--captions", "16"]) == 0
+    assert main(["bench", "draws", str(out), *places, "--steps", "0", "20", "--captions", "16"]) == 0
     page = (out / "draws.md").read_text()
     assert page == to_markdown(out / "draws.json")
     assert str(small_corpus) not in page
@@ -25,13 +25,19 @@ def record(tiny_models, small_corpus, tmp_path_factory):
 
 def test_more_draws_leave_less_variance_but_not_less_than_the_captions_have(record):
     assert [(row["num_steps"], row["noise_draws"]) for row in record.rows] == [
-        (stage, number) for stage in (0, 3) for number in draws.NOISE_DRAWS
+        (stage, number) for stage in (0, 20) for number in draws.NOISE_DRAWS
     ]
     for one, *_, eight in (record.rows[:4], record.rows[4:]):
         assert 0 < one["shared_variance"] < one["variance"]
         assert eight["variance"] < one["variance"]
         # 16 captions: far from exact, but not far beyond the floor either.
         assert eight["variance"] > 0.8 * one["shared_variance"]
+
+
+def test_the_network_is_trained_between_the_stages(record):
+    before, after = record.rows[0], record.rows[4]
+    assert after["loss"] < 0.9 * before["loss"]
+    assert after["squared_mean"] < before["squared_mean"]
 
 
 def test_flops_of_draws_are_those_of_three_tokens_each(record):
@@ -51,7 +57,7 @@ def test_moments_are_those_of_the_gradients():
     first_NP, second_NP = 0.5 + 2 * shared_NP + one_NP, 0.5 + 2 * shared_NP + two_NP
     moments = sum(
         (
-            draws._Moments(1, float(mine @ mine), float(mine @ other), mine)
+            draws._Moments(1, 0.0, float(mine @ mine), float(mine @ other), mine)
             for mine, other in zip(first_NP, second_NP, strict=True)
         ),
         draws._Moments(),

@@ -18,6 +18,7 @@ from kandinsky_dist.models.blocks import blocks, enable_gradient_checkpointing, 
 from kandinsky_dist.models.frozen import load_image_encoder, load_movq, load_text_encoder
 from kandinsky_dist.models.layout import lay_out_activations
 from kandinsky_dist.models.load import ModelSource, freeze_statistics
+from kandinsky_dist.models.prior import make_pad_free
 
 pytestmark = pytest.mark.integration
 
@@ -53,42 +54,46 @@ def prior_of(tiny_models):
     model = source.build()
     model.load_state_dict(source.state_dict())
     freeze_statistics(model)
+    make_pad_free(model)
     return model
 
 
-def through_layers(model, length):
-    """Loss and gradients of the prior's layers over tokens of some length."""
-    width = blocks(model)[0].norm1.normalized_shape[0]
+def step(model, length):
+    """Loss and gradients of texts of some length."""
     generator = torch.Generator().manual_seed(length)
-    # As behind a trained projection: a first layer whose input needs no gradient would be another graph.
-    hidden_BLD = torch.randn(2, length, width, generator=generator).requires_grad_()
-    for layer in blocks(model):
-        hidden_BLD = layer(hidden_BLD)
+    width = model.config.embedding_dim
+    predicted = model(
+        torch.randn(2, width, generator=generator),
+        torch.tensor([3, 900]),
+        torch.randn(2, width, generator=generator),
+        torch.randn(2, length, width, generator=generator),
+        torch.arange(length)[None] < torch.tensor([[length], [5]]),
+    ).predicted_image_embedding
     model.zero_grad()
-    loss = hidden_BLD.square().mean()
+    loss = predicted.square().mean()
     loss.backward()
     return loss, {name: item.grad for name, item in model.named_parameters() if item.grad is not None}
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True])
-def test_a_length_costs_a_graph_for_all_layers_and_then_nothing(is_recomputed, tiny_models):
+def test_a_length_costs_two_graphs_for_all_layers_and_then_nothing(is_recomputed, tiny_models):
     plain, model = prior_of(tiny_models), prior_of(tiny_models)
     names = list(model.state_dict())
     if is_recomputed:
         enable_gradient_checkpointing(model)
     compiled.compile_blocks(model, backend="aot_eager")
     compiled.compile_blocks(model, backend="aot_eager")
-    lengths = range(12, 92, 8)  # more than torch's own limit of 8
+    lengths = (8, 16, 24, 40, 77)  # more graphs than torch's own limit of 8
     for length in lengths:
-        num_graphs, (loss, gradients) = graphs_of(lambda length=length: through_layers(model, length))
-        assert num_graphs == 1, f"{num_graphs} graphs for {len(blocks(model))} equal layers"
-        expected_loss, expected = through_layers(plain, length)
+        num_graphs, (loss, gradients) = graphs_of(lambda length=length: step(model, length))
+        assert num_graphs == 2, f"{num_graphs} graphs for {len(blocks(model)) - 1} equal layers and the last"
+        expected_loss, expected = step(plain, length)
         torch.testing.assert_close(loss, expected_loss)
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5, msg=name)
     with dynamo_config.patch(error_on_recompile=True):
-        num_graphs, _ = graphs_of(lambda: [through_layers(model, length) for length in reversed(lengths)])
+        num_graphs, _ = graphs_of(lambda: [step(model, length) for length in reversed(lengths)])
     assert num_graphs == 0
     assert list(model.state_dict()) == names
 
@@ -97,10 +102,9 @@ def test_more_shapes_than_there_is_room_for_are_an_error_and_not_a_slow_layer(ti
     model = prior_of(tiny_models)
     compiled.compile_blocks(model, backend="aot_eager")
     with dynamo_config.patch(recompile_limit=2):
-        for length in (12, 20):
-            through_layers(model, length)
+        step(model, 8)
         with pytest.raises(FailOnRecompileLimitHit):
-            through_layers(model, 28)
+            step(model, 16)
 
 
 def test_the_unet_is_a_graph_a_block(tiny_models):
@@ -110,7 +114,7 @@ def test_the_unet_is_a_graph_a_block(tiny_models):
         torch.manual_seed(0)
         return diffusers.UNet2DConditionModel.from_config(source.config | SMALL_UNET).train()
 
-    def step(model):
+    def unet_step(model):
         generator = torch.Generator().manual_seed(1)
         embeds = {"image_embeds": torch.randn(2, 64, generator=generator)}
         latents = torch.randn(2, 4, 8, 8, generator=generator)
@@ -123,12 +127,12 @@ def test_the_unet_is_a_graph_a_block(tiny_models):
     lay_out_activations(model)
     enable_gradient_checkpointing(model)
     compiled.compile_blocks(model, backend="aot_eager")
-    num_graphs, gradients = graphs_of(lambda: step(model))
+    num_graphs, gradients = graphs_of(lambda: unet_step(model))
     assert num_graphs == len(blocks(model)) == 5
-    for name, gradient in step(build()).items():
+    for name, gradient in unet_step(build()).items():
         assert gradients[name].is_contiguous(), name
         torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
-    assert graphs_of(lambda: step(model))[0] == 0
+    assert graphs_of(lambda: unet_step(model))[0] == 0
 
 
 def test_frozen_encoders_are_a_graph_a_kind_of_layer(tiny_models):
@@ -159,9 +163,9 @@ def test_a_copy_is_not_compiled_and_is_a_copy(tiny_models):
     twin = copy.deepcopy(model)
     for parameter in twin.parameters():
         parameter.data.zero_()
-    num_graphs, (loss, _) = graphs_of(lambda: through_layers(twin, 12))
+    num_graphs, (loss, _) = graphs_of(lambda: step(twin, 8))
     assert num_graphs == 0
-    expected, _ = through_layers(model, 12)
+    expected, _ = step(model, 8)
     assert loss != expected, "the copy computes with the original's weights"
 
 

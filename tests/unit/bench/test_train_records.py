@@ -148,6 +148,18 @@ def test_the_page_about_performance_renders_a_folder(tmp_path):
     assert "## Scaling on CPU x" in page
 
 
+def test_a_picture_beside_its_record_is_shown(tmp_path):
+    for folder, link in (
+        (tmp_path / "out", "cpu.png"),
+        (tmp_path / "docs/records/performance", "records/performance/cpu.png"),
+    ):
+        folder.mkdir(parents=True)
+        make_record(INCUMBENT, LIVE).save(folder / "cpu.json")
+        assert "![" not in performance.to_markdown(folder)
+        (folder / "cpu.png").touch()
+        assert f"![Samples a second]({link})\n" in performance.to_markdown(folder)
+
+
 def test_an_aim_that_was_missed_says_so(tmp_path):
     slow = make_row("cached", [4.0, 2.0, 1.0], settings={"data.source": "cached"})
     other_arithmetic = make_row(

@@ -63,7 +63,7 @@ def test_what_is_no_stretch_is_refused(part):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("20:24", ("20:24",)), ("[20:24, 30]", ("20:24", "30")), ("7", ("7",))]
+    ("text", "expected"), [("20:24", ("20:24",)), ("[20:24, 30]", ("20:24", "30")), ("[7]", ("7",))]
 )
 def test_a_file_may_say_a_stretch_without_quotes(text, expected, tmp_path):
     (tmp_path / "run.yaml").write_text(f"telemetry:\n  profile: {text}\n")

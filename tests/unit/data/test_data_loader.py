@@ -115,7 +115,7 @@ def test_what_is_waited_for_a_slow_source_is_the_meters_data_wait():
     releaser.start()
     steps = data.steps(0)
     before = time.monotonic()
-    meter = Meter(2, None, torch.device("cpu"), 1)
+    meter = Meter(2, torch.device("cpu"))
     next(steps)  # waits for the event
     after = time.monotonic()
     releaser.join()

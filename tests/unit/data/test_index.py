@@ -429,9 +429,9 @@ def test_damaged_and_absent_remote_shards(make_corpus, tmp_path, caplog):
 def test_no_name_leads_out_of_the_folder(make_corpus, tmp_path):
     manifest = make_corpus([1])
     (tmp_path / "list.txt").write_text("http://h/a/../../x.tar\nhttp://h/b//x.tar\n")
-    from kandinsky_dist.data.indexing.index import _sidecars
+    from kandinsky_dist.data.indexing.index import names_below
 
-    names = _sidecars(
+    names = names_below(
         "x", ["http://h/a/../../x.tar", "http://h/b//x.tar", "s3://h/./../x.tar", manifest.tar(0)]
     )
     assert all(".." not in Path(name).parts and not Path(name).is_absolute() for name in names)

@@ -11,6 +11,8 @@ from kandinsky_dist.train.step import train_step
 class Engine:
     """Writes down what it is asked to do."""
 
+    gathers_weights = False
+
     def __init__(self, calls):
         self.calls = calls
 
