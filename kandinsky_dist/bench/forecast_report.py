@@ -74,8 +74,8 @@ communication one after the other.
 NOTES = """
 **Memory.** States: the formulas of [memory.md](memory.md), held there against living tensors. Activations:
 the real forward and backward run on tensors without memory (torch's fake tensors), and every storage is
-counted from its birth to its end; tests hold the same count on real tensors equal to it, and to the peak of
-torch's own allocator. Norms get the types that CUDA's autocast gives them; attention keeps what fused kernels
+counted from its birth to its end; tests hold the same count on real tensors equal to it, and
+the prior's to the peak of torch's own allocator (a CPU's convolutions allocate for themselves). Norms get the types that CUDA's autocast gives them; attention keeps what fused kernels
 keep. What kernels allocate inside themselves (cuDNN's workspaces) is left to the headroom. No peak of a GPU
 has been compared yet.
 
