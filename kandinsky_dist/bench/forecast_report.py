@@ -74,10 +74,10 @@ communication one after the other.
 NOTES = """
 **Memory.** States: the formulas of [memory.md](memory.md), held there against living tensors. Activations:
 the real forward and backward run on tensors without memory (torch's fake tensors), and every storage is
-counted from its birth to its end; tests hold the same count on real tensors equal to it, and
-the prior's to the peak of torch's own allocator (a CPU's convolutions allocate for themselves). Norms get the types that CUDA's autocast gives them; attention keeps what fused kernels
-keep. What kernels allocate inside themselves (cuDNN's workspaces) is left to the headroom. No peak of a GPU
-has been compared yet.
+counted from its birth to its end; tests hold the same count on real tensors equal to it, and the prior's to
+the peak of torch's own allocator (a CPU's convolutions allocate for themselves). Norms get the types that
+CUDA's autocast gives them; attention keeps what fused kernels keep. What kernels allocate inside themselves
+(cuDNN's workspaces) is left to the headroom. No peak of a GPU has been compared yet.
 
 **fsdp2** is counted with the weights of the blocks that are gathered at once; **zero3** with up to
 stage3_max_live_parameters gathered, which in the shipped file is nearly the whole network.
