@@ -3,25 +3,35 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from kandinsky_dist.bench import forecast_picture
+from kandinsky_dist.bench.forecast_check import measured_rows, records_below
+from kandinsky_dist.bench.forecast_inputs import compute_of, links_of
 from kandinsky_dist.bench.forecast_report import summary, to_markdown
 from kandinsky_dist.bench.record import Record
 from kandinsky_dist.config.loader import Resolved, command_line_layer, load
-from kandinsky_dist.config.schema import STAGES, Config
-from kandinsky_dist.errors import ConfigError, DataError
+from kandinsky_dist.config.schema import STAGES, Config, Stage
+from kandinsky_dist.errors import ConfigError
 from kandinsky_dist.estimate.forecast import Assumptions, Cluster, Forecaster, best_of_each
-from kandinsky_dist.estimate.links import GPUS, Links, MeasuredLinks, PublishedLinks
+from kandinsky_dist.estimate.links import GPUS, Links, PublishedLinks
 from kandinsky_dist.estimate.memory import GIB, HEADROOM
-from kandinsky_dist.estimate.published import MLPERF, NUM_FITTED, ONE_NODE_RATE, fitted, predicted_seconds
+from kandinsky_dist.estimate.published import (
+    MLPERF,
+    NUM_FITTED,
+    ONE_NODE_RATE,
+    fitted,
+    predicted_seconds,
+    steady_scaling,
+)
 from kandinsky_dist.estimate.survey import Survey
-from kandinsky_dist.estimate.time import Compute
 from kandinsky_dist.models.architectures import MAX_TOKENS
 
 CURVE_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 PUBLISHED_GPUS = (64, 256, 1024)
+PUBLISHED_TEXT_TOKENS = 24
+PUBLISHED_BATCHES: dict[Stage, int] = {"prior": 16384, "decoder": 4096}
+"""Samples a step, whatever the number of GPUs: the recipes' own are for 8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,22 +85,27 @@ def ask(resolved: Resolved, question: Question, out: Path | None) -> None:
         raise ConfigError(refusal)
 
 
-def publish(out: Path) -> None:
-    """The page of documentation: both full recipes at 64, 256 and 1,024 H100s, beside published runs."""
+def publish(out: Path, records: Path | None) -> None:
+    """The page of documentation: both full recipes at 64, 256 and 1,024 H100s, beside what was measured.
+
+    Args:
+        out: folder for estimate.json, estimate.md and estimate.png.
+        records: folder in which records of `bench scaling` and `bench comm` are looked for.
+    """
     forecast_picture.require_matplotlib()
     out.mkdir(parents=True, exist_ok=True)
-    question = Question(num_gpus=PUBLISHED_GPUS)
+    question = Question(num_gpus=PUBLISHED_GPUS, num_text_tokens=PUBLISHED_TEXT_TOKENS)
     rows = published_rows()
+    if records is not None:
+        rows += measured_rows(records_below(records, "scaling"), records_below(records, "comm"))
     for stage in STAGES:
-        # The recipes' global batches are for 8 GPUs; here every number of GPUs shares one.
-        total = {"prior": 16384, "decoder": 4096}[stage]
-        resolved = load(stage, f"{stage}_full", [command_line_layer([f"--data.global_batch_size={total}"])])
-        found, _ = rows_of(resolved.config, question)
-        rows += found
+        settings = [f"--data.global_batch_size={PUBLISHED_BATCHES[stage]}", "--data.source=cached"]
+        resolved = load(stage, f"{stage}_full", [command_line_layer(settings)])
+        rows += rows_of(resolved.config, question)[0]
     record = Record.now(
         "estimate",
         device="no device",
-        command="kandinsky-dist bench estimate OUT",
+        command="kandinsky-dist bench estimate OUT" + (" --records RECORDS" if records else ""),
         setting=_setting(question),
         rows=rows,
     )
@@ -127,7 +142,9 @@ def rows_of(config: Config, question: Question) -> tuple[list[dict[str, Any]], s
     refusal = ""
     for number in question.num_gpus:
         cluster = question.cluster(number)
-        found = forecaster.forecast(cluster)
+        found = forecaster.forecast(
+            cluster, micro_batch_size=_micro(config, config.data.global_batch_size, number)
+        )
         rows.append({"kind": "forecast", **stage, **found.as_row()})
         if not found.fits and not refusal:
             refusal = _refusal(forecaster, cluster, found.memory.total)
@@ -171,6 +188,12 @@ def _curve(forecaster: Forecaster, question: Question) -> list[dict[str, Any]]:
     return rows
 
 
+def _micro(config: Config, global_batch_size: int, num_gpus: int) -> int:
+    """The configuration's micro-batch, or the largest below it that divides a GPU's share of the batch."""
+    share = global_batch_size // num_gpus
+    return max(size for size in range(1, min(share, config.data.micro_batch_size) + 1) if share % size == 0)
+
+
 def published_rows() -> list[dict[str, Any]]:
     """MLPerf's runs beside what the model of time says of them."""
     compute = fitted()
@@ -184,51 +207,11 @@ def published_rows() -> list[dict[str, Any]]:
             "measured_seconds": point.seconds,
             "compute_seconds": compute.seconds(point.micro_batch_size),
             "predicted_seconds": predicted_seconds(point, compute),
+            "steady_scaling": steady_scaling(point, compute),
             "is_fitted": index < NUM_FITTED,
         }
         for index, point in enumerate(MLPERF)
     ]
-
-
-def compute_of(record: Record, config: Config) -> Compute:
-    """Computing time of one device, from a record of `bench train` or `bench scaling`.
-
-    Raises:
-        DataError: no row in it is of one rank that trains this stage.
-    """
-    points = [
-        (row["micro_batch_size"], median(row["step_seconds"]) / _num_micro(row))
-        for row in record.rows
-        if row.get("stage") == config.stage
-        and row.get("way") == "ours"
-        and row["world_size"] == 1
-        and row["step_seconds"]
-    ]
-    if not points:
-        raise DataError(
-            f"the record of {record.command!r} has no row of one rank that trains the {config.stage}: "
-            "kandinsky-dist bench train makes one"
-        )
-    return Compute.fitted(points, f"{record.device}, {record.date}")
-
-
-def _num_micro(row: dict[str, Any]) -> int:
-    return max(1, row["global_batch_size"] // (row["micro_batch_size"] * row["world_size"]))
-
-
-def links_of(record: Record) -> MeasuredLinks:
-    """Latency and bandwidth of the ranks that a record of `bench comm` was taken with.
-
-    Raises:
-        DataError: it is of another case.
-    """
-    if record.case != "comm":
-        raise DataError(f"a record of bench {record.case} knows no collectives: give one of bench comm")
-    points: dict[str, list[tuple[float, float]]] = {}
-    for row in record.rows:
-        if row["kind"] == "collective":
-            points.setdefault(row["collective"], []).append((row["num_bytes"], median(row["seconds"])))
-    return MeasuredLinks.fitted(points, record.setting["world_size"])
 
 
 def _record(resolved: Resolved, question: Question, rows: Sequence[dict[str, Any]]) -> Record:

@@ -49,8 +49,8 @@ Milliseconds of an optimizer step. **exposed** is what of the communication no c
 clipping, AdamW and averages. **kept** is the computing's share of the step.
 """
 CANDIDATES = """
-For every strategy the quickest combination of micro-batch and recomputation that fits, quickest first;
-fsdp2/{gpus_per_node} shares one copy of the weights inside a node.
+For every strategy the quickest combination of micro-batch, bucket and recomputation that fits, quickest
+first; fsdp2/{gpus_per_node} shares one copy of the weights inside a node.
 """
 PUBLISHED = """
 Runs of MLPerf training 4.1 by NVIDIA (Stable Diffusion v2's U-Net at 512 pixels, latents and text encoded
@@ -60,18 +60,24 @@ the computing time of a micro-batch as a line in its size, are fitted to the row
 is published rates. The other rows are predictions.
 """
 VERDICT = """
-**Result.** The predictions are off by {worst:.1%} at most. On {num_gpus:,} GPUs {compute:.1%} of the
-predicted step is computing: what the published scaling lost, it lost to small micro-batches and not to the
-network. So these points test the line of computing time, and that communication hides behind it; they say
-little of a network that cannot keep up.
+**Result.** The predictions are off by {worst:.1%} at most. With the micro-batch of one node the same model
+keeps {steady:.0%} of the rate on {num_gpus:,} GPUs, where {scaling:.0%} was published: most was lost to
+micro-batches of {micro}, which compute less well and hide less communication, and not to the network's
+bandwidth. So these points test the line of computing time, and that what is exposed is small; they say little
+of a network that cannot keep up.
+"""
+MEASURED = """
+Steps of several ranks by `bench scaling`, predicted from the step of one rank and the collectives that `bench
+comm` measured on the same machine. Where ranks share the cores of one CPU, these do all ranks' work and all
+communication one after the other.
 """
 NOTES = """
 **Memory.** States: the formulas of [memory.md](memory.md), held there against living tensors. Activations:
 the real forward and backward run on tensors without memory (torch's fake tensors), and every storage is
-counted from its birth to its end; tests hold the same count on real tensors equal to it, and to the peak of
-torch's own allocator. Norms get the types that CUDA's autocast gives them; attention keeps what fused kernels
-keep. What kernels allocate inside themselves (cuDNN's workspaces) is left to the headroom. No peak of a GPU
-has been compared yet.
+counted from its birth to its end; tests hold the same count on real tensors equal to it, and the prior's to
+the peak of torch's own allocator (a CPU's convolutions allocate for themselves). Norms get the types that
+CUDA's autocast gives them; attention keeps what fused kernels keep. What kernels allocate inside themselves
+(cuDNN's workspaces) is left to the headroom. No peak of a GPU has been compared yet.
 
 **fsdp2** is counted with the weights of the blocks that are gathered at once; **zero3** with up to
 stage3_max_live_parameters gathered, which in the shipped file is nearly the whole network.
@@ -82,11 +88,13 @@ has run on the GPU and --record names what it wrote. Backward is taken as two th
 recomputation adds a forward.
 
 **Collectives** take what NCCL's cost model says (src/graph/tuning.cc: latency by hop, the quicker of rings
-and trees, Simple or LL128), without in-network reduction. A bucket is sent when its part of backward is over;
-buckets follow one another on one link; what is left at the end of backward is exposed. zero1 and zero2 sum
-buckets with an all-reduce, as DeepSpeed 0.19 does, and gather weights after the step, which nothing hides.
-zero2 and zero3 reduce every micro-batch, the others once a step. fsdp2 and zero3 gather weights ahead of each
-block in forward and backward.
+and trees, Simple or LL128), without in-network reduction and without NCCL's newer algorithms for gathering
+and reduce-scattering, whose latency grows with the logarithm of the ranks: among 1,024 GPUs these may be
+quicker than they look here. A bucket is sent when its part of backward is over; buckets follow one another
+on one link; what is left at the end of backward is exposed. zero1 and zero2 sum buckets with an all-reduce,
+as DeepSpeed 0.19 does, and gather weights after the step, which nothing hides. zero2 and zero3 reduce every
+micro-batch, the others once a step. fsdp2 and zero3 gather weights ahead of each block in forward and
+backward.
 
 **Left out**: kernels that slow down while NCCL runs beside them, stragglers (but for --jitter), the loader,
 checkpoints, validation, and networks that are shared with others.
@@ -104,6 +112,9 @@ def to_markdown(record: Record) -> str:
             wrapped(PUBLISHED.format(rate=published[0]["rate"])) + "\n",
             _published(published),
         ]
+    measured = _of_kind(record, "measured")
+    if measured:
+        parts += ["## Held against measured steps\n", wrapped(MEASURED) + "\n", _measured(measured)]
     notes = [wrapped(note, bullet="- ") + "\n" for note in NOTES.strip().split("\n\n")]
     return "\n".join([*parts, "## How it works\n", "".join(notes)])
 
@@ -226,11 +237,26 @@ def _candidates(rows: list[Row]) -> str:
     columns = [
         Column("GPUs", lambda row: f"{row['num_gpus']:,}"),
         Column("strategy", _way, is_number=False),
+        Column("bucket MiB", lambda row: f"{row['bucket_mib']:g}" if row["bucket_mib"] else "-"),
         Column("micro-batches", lambda row: f"{row['num_micro']} x {row['micro_batch_size']}"),
         Column("GiB", lambda row: _gib(row["total_bytes"])),
         Column("exposed ms", lambda row: f"{1e3 * row['exposed_seconds']:,.1f}"),
         Column("step ms", lambda row: f"{1e3 * step_seconds(row):,.1f}"),
         Column("samples/s", lambda row: f"{row['samples_per_second']:,.0f}"),
+    ]
+    return table(columns, rows)
+
+
+def _measured(rows: list[Row]) -> str:
+    columns = [
+        Column("device", lambda row: row["device"], is_number=False),
+        Column("stage", lambda row: row["stage"], is_number=False),
+        Column("strategy", lambda row: row["strategy"], is_number=False),
+        Column("scaling", lambda row: row["mode"], is_number=False),
+        Column("ranks", lambda row: str(row["num_ranks"])),
+        Column("measured ms", lambda row: f"{1e3 * row['measured_seconds']:.1f}"),
+        Column("predicted ms", lambda row: f"{1e3 * row['predicted_seconds']:.1f}"),
+        Column("off", lambda row: percent(row["predicted_seconds"] / row["measured_seconds"] - 1)),
     ]
     return table(columns, rows)
 
@@ -253,6 +279,8 @@ def _published(rows: list[Row]) -> str:
     verdict = VERDICT.format(
         worst=max(abs(off(row)) for row in rows if not row["is_fitted"]),
         num_gpus=last["num_gpus"],
-        compute=last["compute_seconds"] / last["predicted_seconds"],
+        steady=last["steady_scaling"],
+        scaling=last["scaling"],
+        micro=last["micro_batch_size"],
     )
     return f"{table(columns, rows)}\n{wrapped(verdict)}\n"

@@ -68,7 +68,7 @@ def add_bench(commands: Any) -> None:
     def estimate(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.forecast import publish
 
-        publish(arguments.out)
+        publish(arguments.out, arguments.records)
 
     parser = command(
         commands,
@@ -77,6 +77,9 @@ def add_bench(commands: Any) -> None:
         "Predictions of both full recipes on 64, 256 and 1,024 GPUs, beside published runs; no measurement.",
     )
     parser.add_argument("out", type=Path, help="folder for estimate.json, estimate.md and estimate.png")
+    parser.add_argument(
+        "--records", type=Path, help="folder with records of bench scaling and comm, to be predicted too"
+    )
 
     def data(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.data import run

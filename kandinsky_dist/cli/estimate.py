@@ -20,6 +20,11 @@ def add_estimate(commands: Any) -> None:
             raise ConfigError("--gpus and --gpus-per-node must be 1 or more")
         resolved = resolved_of(arguments)
         for number in numbers:
+            if number % min(number, arguments.gpus_per_node):
+                raise ConfigError(
+                    f"--gpus {number} does not fill nodes of --gpus-per-node {arguments.gpus_per_node}: "
+                    "give a multiple, or less than one node"
+                )
             for problem in resolve.problems(resolved, world_size=number, is_elsewhere=True):
                 raise ConfigError(problem)
         from kandinsky_dist.bench.forecast import Question, ask

@@ -15,6 +15,8 @@ DEFAULT_FIXED_SECONDS = 0.0135
 """Of a device's published peak at large micro-batches, and seconds of a micro-batch whatever its size: fitted
 to MLPerf's runs on 8 and 64 H100 (`published.py`), a U-Net of 866 M weights in fp16 with CUDA graphs."""
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+LARGE_BUCKET_MIB = 256.0
+"""Tried beside the configuration's: between many ranks a bucket's latency counts more than an early start."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class Forecast:
         return {
             "strategy": self.parallel.strategy,
             "shard_size": self.parallel.shard_size,
+            "bucket_mib": None if self.parallel.strategy == "fsdp2" else self.parallel.bucket_mib,
             "is_recomputed": self.parallel.gradient_checkpointing,
             "num_gpus": self.num_gpus,
             "global_batch_size": self.global_batch_size,
@@ -199,7 +202,7 @@ class Forecaster:
         return 0
 
     def candidates(self, cluster: Cluster) -> list[Forecast]:
-        """All that fit: strategies x recomputation x micro-batches that divide the batch, quickest first."""
+        """All that fit, quickest first: strategies, buckets, recomputation, micro-batches."""
         share = self.config.data.global_batch_size // cluster.num_gpus
         found = []
         for parallel in self._ways(cluster):
@@ -219,11 +222,14 @@ class Forecaster:
                     strategy=strategy,  # type: ignore[arg-type]
                     gradient_checkpointing=is_recomputed,
                     shard_size=0,
+                    first_bucket_mib=0.0,
                     ds_config=own.ds_config if strategy == own.strategy else None,
                     overlap=True,
                     gradient_compression=own.gradient_compression if strategy == "ddp" else "none",
                 )
                 yield way
+                if strategy != "fsdp2" and way.bucket_mib < LARGE_BUCKET_MIB:
+                    yield replace(way, bucket_mib=LARGE_BUCKET_MIB)
                 if strategy == "fsdp2" and cluster.num_gpus > cluster.gpus_per_node:
                     yield replace(way, shard_size=cluster.gpus_per_node)
 

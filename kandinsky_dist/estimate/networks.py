@@ -48,7 +48,8 @@ class Networks:
     """The networks of a run.
 
     Attributes:
-        config: the run's; attention kernels are torch's, which need no GPU to be asked for their shapes.
+        config: the run's, without what needs a GPU to be asked for its shapes: chosen attention kernels,
+            compilation, float8.
         source: the network that is trained.
         encoders: configurations of the frozen networks that the stage runs, by name.
     """
@@ -64,8 +65,15 @@ class Networks:
         component: Component = "prior" if is_prior else "unet"
         folder = Path(config.model.prior if is_prior else config.model.decoder).expanduser()
         encoders = ("text_encoder", "image_encoder") if is_prior else ("image_encoder", "movq")
+        parallel = replace(
+            config.parallel,
+            attention="sdpa",
+            compile=False,
+            float8=False,
+            channels_last=config.parallel.channels_last is not False,  # on a GPU the default is to
+        )
         return cls(
-            replace(config, parallel=replace(config.parallel, attention="sdpa", compile=False)),
+            replace(config, parallel=parallel),
             (ModelSource if folder.is_dir() else _Published)(folder, component),
             {name: _encoder_config(config, name) for name in encoders},
         )

@@ -71,6 +71,13 @@ def predicted_seconds(point: Point, compute: Compute) -> float:
     return compute.seconds(point.micro_batch_size) + beside_computing(point, compute)
 
 
+def steady_scaling(point: Point, compute: Compute) -> float:
+    """What the model keeps of one node's rate on as many GPUs with one node's micro-batch."""
+    first = MLPERF[0]
+    same = Point(point.num_gpus, first.micro_batch_size, 1.0)
+    return predicted_seconds(first, compute) / predicted_seconds(same, compute)
+
+
 def beside_computing(point: Point, compute: Compute) -> float:
     """Seconds of communication that nothing hides, and of the update."""
     gpu = GPUS["h100"]

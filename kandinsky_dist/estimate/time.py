@@ -17,6 +17,8 @@ average is three passes over two tensors (`optim/ema.py`)."""
 MEMORY_SHARE = 0.8
 """Of the published memory rate, what such passes reach: an H100 copies 3.0 TB/s of 3.35, small tensors
 less."""
+ZERO3_GATHERED_ELEMENTS = 50_000_000
+"""Of weights that are asked for at once: stage3_prefetch_bucket_size of `ds_configs/zero3.json`."""
 ZERO0_BUCKET_ELEMENTS = 500_000_000
 """Source: DeepSpeed 0.19, `runtime/engine.py`, MEMORY_OPT_ALLREDUCE_SIZE."""
 
@@ -150,11 +152,12 @@ def _exchange(
         return _fsdp2(parallel, traffic, links, whole, num_micro, forward, backward)
     low, bucket_bytes = LOW_BYTES[traffic.precision], parallel.bucket_mib * 2**20
     if parallel.strategy == "zero3":
-        # Weights come in pieces ahead of the layers, and gradients go, in every micro-batch.
-        num_units = max(1, ceil(traffic.num_trained * low / bucket_bytes))
-        size = traffic.num_trained * low / num_units
+        # Weights come in pieces ahead of the layers, and gradients go in buckets, in every micro-batch.
+        num_units = max(1, ceil(traffic.num_values / ZERO3_GATHERED_ELEMENTS))
         gather = links.seconds("all-gather", traffic.num_values * low / num_units, whole)
-        reduce = links.seconds("reduce-scatter", size, whole)
+        size = traffic.num_trained * low / num_units
+        num_calls = max(1, ceil(size / bucket_bytes))
+        reduce = num_calls * links.seconds("reduce-scatter", size / num_calls, whole)
         ahead = walk([(gather, forward / num_units, 0.0)] * num_units, depth=1)
         back = walk([(gather, backward / num_units, reduce)] * num_units, depth=1)
         moved = num_units * (2 * gather + reduce)

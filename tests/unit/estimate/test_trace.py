@@ -1,5 +1,8 @@
 """What is counted on shapes alone is what real tensors take, by two other counts."""
 
+from contextlib import nullcontext
+from functools import cache
+
 import pytest
 import torch
 from helpers.shapes import config_of, write_shapes
@@ -11,39 +14,55 @@ from kandinsky_dist.estimate.networks import Networks
 from kandinsky_dist.estimate.trace import Living, trace, transient_bytes
 
 NUM_SAMPLES = 3
+CASES = [
+    ("prior", None, False),
+    ("prior", None, True),
+    ("prior", torch.bfloat16, False),
+    ("prior", torch.bfloat16, True),
+    ("decoder", None, False),
+    ("decoder", torch.bfloat16, True),
+]
+
+
+class Parts:
+    """Networks, and the losses of a micro-batch, of which the slow parts are made once."""
+
+    def __init__(self, folder, stage, mode):
+        self.networks, self.mode = Networks.of(config_of(folder, stage)), mode
+        with mode():
+            self.objective = self.networks.build_objective(torch.float32)
+            self.prepared = self.objective.prepare(self.networks.batch(NUM_SAMPLES))
+
+    def build(self, is_recomputed=False):
+        return self.networks.with_recomputation(is_recomputed).build()
+
+    def losses(self, model):
+        return self.objective.losses(model, self.prepared)
+
+    @cache  # noqa: B019 (lives as long as the module's tests)
+    def trace(self, autocast=None, is_recomputed=False):
+        with self.mode():
+            return trace(self.build(is_recomputed), self.losses, autocast=autocast)
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    return write_shapes(tmp_path_factory.mktemp("shapes"), "tiny")
+def parts(tmp_path_factory):
+    """(stage, whether tensors are real) -> its parts."""
+    folder = write_shapes(tmp_path_factory.mktemp("shapes"), "tiny")
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    return cache(lambda stage, is_real: Parts(folder, stage, nullcontext if is_real else lambda: fake))
 
 
-def made(networks, dtype=torch.float32):
-    """Model, and a function of it that gives the losses of a micro-batch."""
-    objective = networks.build_objective(torch.float32)
-    prepared = objective.prepare(networks.batch(NUM_SAMPLES))
-    return networks.build(dtype), lambda model: objective.losses(model, prepared)
-
-
-def on_shapes(networks, **settings):
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model, losses = made(networks)
-        return trace(model, losses, **settings)
-
-
-@pytest.mark.parametrize("is_recomputed", [False, True])
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize("stage", ["prior", "decoder"])
-def test_shapes_take_what_real_tensors_take(stage, autocast, is_recomputed, shapes):
-    networks = Networks.of(config_of(shapes, stage)).with_recomputation(is_recomputed)
-    model, losses = made(networks)
-    assert on_shapes(networks, autocast=autocast) == trace(model, losses, autocast=autocast)
+@pytest.mark.parametrize(("stage", "autocast", "is_recomputed"), CASES)
+def test_shapes_take_what_real_tensors_take(stage, autocast, is_recomputed, parts):
+    on_shapes, real = (parts(stage, is_real).trace(autocast, is_recomputed) for is_real in (False, True))
+    assert on_shapes == real
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
-def test_what_is_kept_is_what_autograd_saves(stage, shapes):
-    networks = Networks.of(config_of(shapes, stage))
-    model, losses = made(networks)
+def test_what_is_kept_is_what_autograd_saves(stage, parts):
+    real = parts(stage, True)
+    model = real.build()
     states = {item.untyped_storage().data_ptr() for item in (*model.parameters(), *model.buffers())}
     saved = {}
 
@@ -54,36 +73,35 @@ def test_what_is_kept_is_what_autograd_saves(stage, shapes):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = losses(model).mean()
-    kept = on_shapes(networks).kept
+        loss = real.losses(model).mean()
+    kept = parts(stage, False).trace().kept
     # The hooks see inputs of the micro-batch too; the count has the loss itself, which nobody saves.
     assert kept == pytest.approx(sum(saved.values()), rel=0.01), (kept, loss)
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
-def test_the_peak_is_that_of_torchs_allocator(stage, shapes):
-    networks = Networks.of(config_of(shapes, stage))
-    model, losses = made(networks)
+def test_the_peak_is_that_of_torchs_allocator(stage, parts):
+    real = parts(stage, True)
+    model = real.build()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     with profile(profile_memory=True) as profiler:
-        losses(model).mean().backward()
+        real.losses(model).mean().backward()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    counted = on_shapes(networks).peak
+    counted = parts(stage, False).trace().peak
     assert counted <= 1.01 * peak, (counted, peak)
     if stage == "prior":  # a CPU's convolutions allocate for themselves, and much beside networks so small
         assert counted >= 0.95 * peak, (counted, peak)
 
 
-def test_recomputation_keeps_less(shapes):
-    for stage in ("prior", "decoder"):
-        networks = Networks.of(config_of(shapes, stage))
-        whole, recomputed = (on_shapes(networks.with_recomputation(flag)) for flag in (False, True))
-        assert recomputed.kept < 0.7 * whole.kept, stage
+@pytest.mark.parametrize(("stage", "autocast"), [("prior", None), ("decoder", torch.bfloat16)])
+def test_recomputation_keeps_less(stage, autocast, parts):
+    whole, recomputed = (parts(stage, False).trace(autocast, flag) for flag in (False, True))
+    assert recomputed.kept < 0.7 * whole.kept
 
 
 def test_norms_are_in_fp32_under_autocast_as_on_a_gpu():
@@ -100,8 +118,8 @@ def test_norms_are_in_fp32_under_autocast_as_on_a_gpu():
     values_ND = torch.randn(1000, 64)
     counted = trace(model := Normed(), lambda model: model(values_ND).float().sum(), autocast=torch.bfloat16)
     size = values_ND.numel()
-    # The input in bf16, the norm's input in fp32 with two figures a row, its output in bf16; of the weights
-    # in bf16 the second alone: the input of the first needs no gradient.
+    # The input in bf16, the norm's input in fp32 with two figures a row, its output in bf16; the second
+    # weight in bf16, and not the first: its input needs no gradient.
     expected = 2 * size + 4 * size + 2 * 4 * 1000 + 2 * size + 2 * 64 * 64
     assert counted.kept == pytest.approx(expected, rel=0.01), model
 
