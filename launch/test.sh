@@ -37,7 +37,7 @@ check types mypy
 # The ranks of a test share the cores; threads of every rank on every core would only be in each other's way.
 export OMP_NUM_THREADS=1
 check "unit tests" pytest -n 2 --durations=5 -m "not dist and not integration and not slurm and not gpu"
-check "process and command-line tests" pytest --durations=5 -m "(dist or integration) and not slurm and not gpu"
+check "process and command-line tests" pytest -n 2 --durations=25 -m "(dist or integration) and not slurm and not gpu"
 check "slurm tests" pytest --durations=5 -m slurm
 [ ! -e /dev/nvidia0 ] || check "gpu tests" pytest --durations=5 -m gpu
 

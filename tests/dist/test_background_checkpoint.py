@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from dist.checkpoint_programs import background_facts
 from helpers.command import DEFAULTS
+from helpers.forked import run_on_ranks
 
-from kandinsky_dist.bench.ranks import run_on_ranks
 from kandinsky_dist.checkpoint.layout import CheckpointReader, damage
 
 pytestmark = pytest.mark.dist

@@ -11,8 +11,8 @@ import pytest
 from dist.hostile import Run, all_runs, all_runs_in_fp16, content
 from helpers import forked
 from helpers.command import DEFAULTS, metrics
+from helpers.forked import run_on_ranks
 
-from kandinsky_dist.bench.ranks import run_on_ranks
 from kandinsky_dist.checkpoint.manager import newest_whole
 from kandinsky_dist.parallel.loss_scale import INITIAL, SCALE
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from dist.programs import frozen_facts, saved_names
 from helpers.command import DEFAULTS, STAGE_DEFAULTS
+from helpers.forked import run_on_ranks
 
-from kandinsky_dist.bench.ranks import run_on_ranks
 from kandinsky_dist.models.frozen import load_image_encoder, load_movq, load_text_encoder
 from kandinsky_dist.models.load import ModelSource
 

@@ -5,8 +5,7 @@ import os
 
 import pytest
 from dist.nvme_programs import why_not, write_and_read_back
-
-from kandinsky_dist.bench.ranks import run_on_ranks
+from helpers.forked import run_on_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.long]
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from dist.precision_programs import types_of_all
+from helpers.forked import run_on_ranks
 
-from kandinsky_dist.bench.ranks import run_on_ranks
 from kandinsky_dist.bench.render import Column, table
 
 pytestmark = pytest.mark.dist

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 from dist.variance_programs import train_unet
+from helpers.forked import run_on_ranks
 
-from kandinsky_dist.bench.ranks import run_on_ranks
 from kandinsky_dist.bench.workload import build, random_weights
 from kandinsky_dist.checkpoint.layout import CheckpointReader
 

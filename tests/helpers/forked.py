@@ -6,6 +6,7 @@ the command line's own `main` with the environment that torchrun would give it. 
 
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -14,13 +15,15 @@ from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
-from typing import Any
+from typing import Any, TypeVar
 
 from helpers.command import train_arguments
 from torch.distributed import TCPStore
 
+Result = TypeVar("Result")
 # Imported by any run. In Python 3.11 the server does not see this folder, so these are installed modules.
 PRELOADED = [
+    "deepspeed",
     "kandinsky_dist.checkpoint.export",
     "kandinsky_dist.models.init",
     "kandinsky_dist.train.trainer",
@@ -105,6 +108,22 @@ def call(
             raise TimeoutExpired(str(arguments), timeout, out, error)
     codes = [process.exitcode or 0 for process in ranks]
     return CompletedProcess(str(arguments), max(codes, key=abs), out, error)
+
+
+def run_on_ranks(function: Callable[..., Result], world_size: int, *arguments: Any) -> list[Result]:
+    """`kandinsky_dist.bench.ranks.run_on_ranks` without its imports; what a failing rank said is raised."""
+    with tempfile.TemporaryDirectory() as folder:
+        by_value = pickle.dumps(arguments)  # a process's own arguments would share the memory of tensors
+        done = call(_keep_result, function, Path(folder), by_value, world_size=world_size, timeout=600)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(world_size)]
+
+
+def _keep_result(function: Callable[..., Any], folder: Path, arguments: bytes) -> int:
+    result = function(*pickle.loads(arguments))
+    (folder / os.environ.get("RANK", "0")).write_bytes(pickle.dumps(result))
+    return 0
 
 
 def _start(
