@@ -5,6 +5,8 @@
 #   KANDINSKY_CONFIG   recipe or YAML file (default: prior_full or decoder_full)
 #   NPROC_PER_NODE     ranks a node (default: the job's GPUs there, else 1)
 #   KANDINSKY_COMMAND  what is run (default: train); processes of precompute share a folder and need no meeting
+#   KANDINSKY_PREFLIGHT 0 leaves out the look at all nodes before the first step (kandinsky-dist preflight --help)
+#   KANDINSKY_REQUEUES how often a job may have been requeued and still requeue itself after a crash or a hang (default 3)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 stage=$1
@@ -30,8 +32,34 @@ if [ "$command" = precompute ]; then
   launcher=local.sh
   wait=0
 fi
+config=${KANDINSKY_CONFIG:-${stage}_full}
+
+# A run that saved itself (75) goes on in the same job, and so does one that crashed, a few times. Not what would come
+# again (78, 65), nor a job that Slurm has ended itself: somebody's scancel, or a preemption that requeues.
+end_with() {
+  local status=$1 restarts=${SLURM_RESTART_COUNT:-0} allowed=${KANDINSKY_REQUEUES:-3}
+  if [[ " 0 65 78 " != *" $status "* && $(scontrol --oneliner show job "$SLURM_JOB_ID") == *" JobState=RUNNING "* ]]; then
+    if [ "$status" != 75 ] && [ "$restarts" -ge "$allowed" ]; then
+      echo "ended with $status, not requeued: it was $restarts times (KANDINSKY_REQUEUES=$allowed)" >&2
+    else
+      echo "ended with $status, requeued" >&2
+      scontrol requeue "$SLURM_JOB_ID" >&2 || echo "not requeued: submit the same command again" >&2
+    fi
+  fi
+  exit "$status"
+}
+
+was_signalled=0
+trap 'was_signalled=1' USR1 TERM
+if [ "$command" = train ] && [ "${KANDINSKY_PREFLIGHT:-1}" != 0 ]; then
+  source "$root/launch/python.sh"
+  status=0
+  "$python" -m kandinsky_dist preflight "$stage" --config "$config" "$@" || status=$?
+  [ "$was_signalled" = 0 ] || end_with 75
+  [ "$status" = 0 ] || end_with "$status"
+fi
 srun --ntasks-per-node=1 --nodes="$NUM_NODES" --cpus-per-task="$cores" --wait="$wait" \
-  "$root/launch/$launcher" "$command" "$stage" --config "${KANDINSKY_CONFIG:-${stage}_full}" "$@" &
+  "$root/launch/$launcher" "$command" "$stage" --config "$config" "$@" &
 step=$!
 
 # A signal for the batch shell (#SBATCH --signal=B:USR1@180, scancel --batch) is meant for the ranks, which save
@@ -48,4 +76,5 @@ while [ "$was_signalled" = 1 ]; do
   status=0
   wait "$step" || status=$?
 done
-exit "$status"
+
+end_with "$status"

@@ -13,6 +13,7 @@ from kandinsky_dist.cli.estimate import add_estimate
 from kandinsky_dist.cli.failures import FailedError, failures_said, give_up_output
 from kandinsky_dist.cli.networks import add_export, add_generate, add_models
 from kandinsky_dist.cli.precompute import add_precompute
+from kandinsky_dist.cli.preflight import add_preflight
 from kandinsky_dist.cli.status import add_status
 from kandinsky_dist.cli.train import add_check, add_train
 from kandinsky_dist.errors import ConfigError
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
     add_check(commands)
+    add_preflight(commands)
     add_status(commands)
     add_data(commands)
     add_models(commands)

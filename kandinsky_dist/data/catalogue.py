@@ -47,18 +47,24 @@ def read_manifest(shards: str, key: str = "data.shards") -> Manifest:
     return manifest
 
 
-def check_presence(manifest: Manifest, shards: str, key: str = "data.shards") -> None:
+def check_presence(
+    manifest: Manifest, shards: str, key: str = "data.shards", share: slice = slice(None)
+) -> None:
     """Makes sure, without opening them, that all local shards are there. For one rank: a look at every file.
 
     Warns of tars in the folder that the manifest does not have.
 
+    Args:
+        share: of the manifest's shards, where several look at a part each.
+
     Raises:
         DataError: a shard or sidecar is missing, or a shard is of another size than its manifest says.
     """
-    tars = [join(manifest.root, tar) for tar in manifest.tars]
-    sidecars = [join(manifest.root, sidecar) for sidecar in manifest.sidecars]
+    chosen = range(len(manifest))[share]
+    tars = [join(manifest.root, manifest.tars[index]) for index in chosen]
+    sidecars = [join(manifest.root, manifest.sidecars[index]) for index in chosen]
     found = _in_threads(_sizes, list(zip(tars, sidecars, strict=True)))
-    for tar, expected, (num_bytes, _) in zip(tars, manifest.num_bytes_S.tolist(), found, strict=True):
+    for tar, expected, (num_bytes, _) in zip(tars, manifest.num_bytes_S[share].tolist(), found, strict=True):
         if num_bytes not in (None, REMOTE, expected):
             raise DataError(
                 f"{tar} has {num_bytes} bytes, its manifest says {expected}: "

@@ -85,8 +85,11 @@ def cache_description(config: Config, folders: Folders) -> CacheDescription | No
     return found
 
 
-def check_corpora(config: Config) -> None:
+def check_corpora(config: Config, share: slice = slice(None)) -> None:
     """Makes sure that all shards are there. For one rank: a thousand would bring a file system down.
+
+    Args:
+        share: of each corpus, where several look at a part each.
 
     Raises:
         DataError: a shard is missing or of another size than its manifest says.
@@ -95,7 +98,7 @@ def check_corpora(config: Config) -> None:
     if config.validation.every_steps and config.validation.shards is not None:
         corpora.append((config.validation.shards, "validation.shards"))
     for shards, key in corpora:
-        check_presence(read_manifest(shards, key), shards, key)
+        check_presence(read_manifest(shards, key), shards, key, share)
 
 
 def _training_corpora(config: Config) -> list[tuple[str, str]]:

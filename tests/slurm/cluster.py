@@ -257,6 +257,10 @@ class Cluster:
         """Runs any Slurm command at the head and returns what it printed."""
         return self._client(arguments)
 
+    def on_host(self, name: str, arguments: Sequence[str]) -> str:
+        """Runs a command on one host, with its network and mounts, and returns what it printed."""
+        return self._inside(name, arguments)
+
     def boot(self, name: str) -> None:
         """Starts a node that is off."""
         self._start_host(name)

@@ -27,6 +27,13 @@ def cluster(slurm_available: None) -> Iterator[Cluster]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def four_nodes(slurm_available: None) -> Iterator[Cluster]:
+    """Four nodes with two GPUs each, as far as Slurm knows."""
+    with Cluster(num_nodes=4, gpus_per_node=2) as running:
+        yield running
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The checkout, which jobs are submitted from."""

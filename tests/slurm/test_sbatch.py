@@ -1,83 +1,88 @@
+"""slurm/prior.sbatch and slurm/decoder.sbatch on a real cluster."""
+
 import signal
-import sys
-from pathlib import Path
 
 import pytest
-from helpers.command import losses, metrics, train, train_arguments
+from helpers.command import keys, losses, metrics
+from jobs import CAMPAIGN, Jobs
 
 pytestmark = pytest.mark.slurm
 
 STEPS = 4
-SETTINGS = (
-    "data.micro_batch_size=2",  # 8 samples a step: two a rank on four ranks, four times two on one
-    "parallel.precision=fp32",
-    # The job's recipe has a schedule; the process it is compared with starts from the defaults.
-    "optim.lr_scheduler=constant",
-    "optim.lr_warmup_steps=0",
-)
+ALL = [
+    (stage, num_nodes, strategy)
+    for stage in ("prior", "decoder")
+    for num_nodes in (2, 4)
+    for strategy in ("ddp", "fsdp2", "zero2", "zero3")
+]
+# Each strategy, stage and number of nodes once or twice; the rest is for the campaign.
+SOME = [("prior", 2, "zero2"), ("decoder", 2, "ddp"), ("prior", 4, "fsdp2"), ("decoder", 4, "zero3")]
 
 
-@pytest.fixture
-def submit(cluster, repository, tiny_models, small_corpus):
-    """Submits slurm/STAGE.sbatch over two nodes of two ranks and returns the job's id."""
+@pytest.fixture(scope="module")
+def jobs(four_nodes, repository, tiny_models, small_corpus):
+    return Jobs(four_nodes, repository, tiny_models, small_corpus)
 
-    def submit(stage: str, run_dir: Path, *settings: str, strategy: str = "ddp") -> int:
-        _, _, *words = train_arguments(
-            stage,
-            *SETTINGS,
-            *settings,
-            models=tiny_models,
-            corpus=small_corpus,
-            run_dir=run_dir,
-            strategy=strategy,
+
+@pytest.fixture(scope="module")
+def expected(jobs, tmp_path_factory):
+    """Stage -> losses of one process."""
+    return {
+        stage: jobs.undisturbed_losses(
+            stage, tmp_path_factory.mktemp("one") / stage, f"run.max_steps={STEPS}"
         )
-        return cluster.sbatch(
-            ["--nodes=2", "--gpus-per-node=2", str(repository / "slurm" / f"{stage}.sbatch"), *words],
-            env={"KANDINSKY_CONFIG": f"{stage}_tiny", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"},
-            cwd=repository,
-        )
-
-    return submit
+        for stage in ("prior", "decoder")
+    }
 
 
-@pytest.mark.parametrize(("stage", "strategy"), [("prior", "zero2"), ("decoder", "ddp")])
-def test_two_nodes_of_two_ranks_lose_what_one_process_loses(
-    stage, strategy, cluster, submit, tiny_models, small_corpus, tmp_path
-):
-    length = f"run.max_steps={STEPS}"
-    job = submit(stage, tmp_path / "four", length, strategy=strategy)
-    alone = train(
-        stage,
-        *SETTINGS,
-        length,
-        models=tiny_models,
-        corpus=small_corpus,
-        run_dir=tmp_path / "one",
-    )
-    assert alone.returncode == 0, alone.stderr
-    assert cluster.wait(job, timeout=300)["JobState"] == "COMPLETED", cluster.output(job)
-    expected = losses(tmp_path / "one")
-    assert len(expected) == STEPS
-    assert losses(tmp_path / "four") == pytest.approx(expected, abs=1e-5), cluster.output(job)
+@pytest.mark.parametrize(("stage", "num_nodes", "strategy"), ALL if CAMPAIGN else SOME)
+def test_nodes_of_two_ranks_lose_what_one_process_loses(stage, num_nodes, strategy, jobs, expected, tmp_path):
+    job = jobs.submit(stage, tmp_path, f"run.max_steps={STEPS}", strategy=strategy, num_nodes=num_nodes)
+    printed = jobs.completed(job)
+    assert f"preflight: {num_nodes} nodes fit" in printed
+    assert len(expected[stage]) == STEPS
+    assert losses(tmp_path) == pytest.approx(expected[stage], abs=1e-5), printed
 
 
-def test_a_signal_to_the_batch_shell_stops_with_75_and_the_same_command_finishes(cluster, submit, tmp_path):
-    num_steps = 40
-    job = submit("prior", tmp_path / "run", f"run.max_steps={num_steps}")
-    cluster.wait_output(job, "step 1/", timeout=300)
-    cluster.signal(job, signal.SIGUSR1, batch=True)
-    cluster.wait(job, timeout=120)
-    assert cluster.exit_code(job) == 75, cluster.output(job)
-    assert 1 <= len(metrics(tmp_path / "run")) < num_steps
-
-    job = submit("prior", tmp_path / "run", f"run.max_steps={num_steps}")
-    assert cluster.wait(job, timeout=300)["JobState"] == "COMPLETED", cluster.output(job)
+def test_a_signal_saves_and_requeues_and_the_job_ends_as_if_there_had_been_none(jobs, tmp_path):
+    """To the batch shell, as --signal=B:USR1@180 sends it before the time is over and at a preemption."""
+    length = "run.max_steps=40"
+    job = jobs.submit("prior", tmp_path / "run", length)
+    jobs.cluster.wait_output(job, "step 1/", timeout=300)
+    jobs.cluster.signal(job, signal.SIGUSR1, batch=True)
+    printed = jobs.completed(job)
+    assert "ended with 75, requeued" in printed
+    assert printed.count("resumed ") == 1
     steps = [entry["step"] for entry in metrics(tmp_path / "run")]
-    assert steps == list(range(1, num_steps + 1)), "every step once, none repeated or left out"
+    assert steps == list(range(1, 41)), "every step once, none repeated or left out"
+    alone = jobs.undisturbed_losses("prior", tmp_path / "one", length)
+    assert losses(tmp_path / "run") == pytest.approx(alone, abs=1e-5)
+    assert sorted(keys(tmp_path / "run").items()) == sorted(keys(tmp_path / "one").items())
 
 
-def test_a_mistake_in_the_settings_ends_the_job_with_78_and_its_line(cluster, submit, tmp_path):
-    job = submit("decoder", tmp_path / "run", "data.global_batch_size=6")
-    cluster.wait(job, timeout=120)
-    assert cluster.exit_code(job) == 78, cluster.output(job)
-    assert "data.global_batch_size=6 must be a multiple" in cluster.output(job)
+def test_without_requeue_the_job_ends_with_75_and_the_same_command_finishes(jobs, tmp_path):
+    length = "run.max_steps=40"
+    job = jobs.submit("prior", tmp_path, length, options=("--no-requeue",))
+    jobs.cluster.wait_output(job, "step 1/", timeout=300)
+    jobs.cluster.signal(job, signal.SIGUSR1, batch=True)
+    jobs.cluster.wait(job, timeout=120)
+    assert jobs.cluster.exit_code(job) == 75, jobs.cluster.output(job)
+    assert "not requeued: submit the same command again" in jobs.cluster.output(job)
+    assert 1 <= len(metrics(tmp_path)) < 40
+    jobs.completed(jobs.submit("prior", tmp_path, length))
+    assert [entry["step"] for entry in metrics(tmp_path)] == list(range(1, 41))
+
+
+def test_scancel_ends_it_for_good(jobs, tmp_path):
+    job = jobs.submit("prior", tmp_path, "run.max_steps=400")
+    jobs.cluster.wait_output(job, "step 1/", timeout=300)
+    jobs.cluster.cancel(job)
+    assert jobs.cluster.wait(job, timeout=120)["JobState"] == "CANCELLED"
+    assert "requeued" not in jobs.cluster.output(job)
+
+
+def test_a_mistake_in_the_settings_ends_the_job_with_78_and_its_line(jobs, tmp_path):
+    job = jobs.submit("decoder", tmp_path, "data.global_batch_size=6")
+    jobs.cluster.wait(job, timeout=120)
+    assert jobs.cluster.exit_code(job) == 78, jobs.cluster.output(job)
+    assert "data.global_batch_size=6 must be a multiple" in jobs.cluster.output(job)

@@ -23,7 +23,7 @@ LAYERS = (
     {"parallel"},
     {"checkpoint"},
     {"train", "precompute", "status"},
-    {"estimate"},
+    {"estimate", "preflight"},
     {"bench"},
     {"cli"},
     {"__main__"},

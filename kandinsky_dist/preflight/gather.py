@@ -1,0 +1,61 @@
+"""Asks every node of a Slurm job, or this machine, for its report."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kandinsky_dist.config.schema import Config
+from kandinsky_dist.errors import ConfigError
+from kandinsky_dist.preflight.node import Report, examine
+
+_LABELLED = re.compile(r"^\s*(\d+): ?(.*)$")
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The nodes of the job, the reports that came, and the last words on stderr of each node."""
+
+    nodes: tuple[str, ...]
+    reports: tuple[Report, ...]
+    said: Mapping[str, str]
+
+
+def gather(config: Config, words: Sequence[str], environ: Mapping[str, str], *, patience: float) -> Gathered:
+    """One report a node.
+
+    Args:
+        words: the arguments after `kandinsky-dist preflight`, for the tasks on the nodes.
+        environ: inside a Slurm allocation all of its nodes are asked, at the same time.
+        patience: seconds after which a node that has not answered is not waited for.
+    """
+    if "SLURM_JOB_NUM_NODES" not in environ:
+        report = examine(config, environ)
+        return Gathered((report.node,), (report,), {})
+    nodes = _run(["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]], 60).split()
+    task = ["srun", "--label", "--ntasks-per-node=1", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}"]
+    task += ["--kill-on-bad-exit=0", "--wait=0", "--overlap"]
+    task += [sys.executable, "-m", "kandinsky_dist", "preflight", *words, "--this-node"]
+    process = subprocess.Popen(task, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = process.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+    reports = [Report.of_line(text) for _, text in _labelled(out)]
+    # Without other orders srun numbers tasks in the order of the nodes.
+    said = {nodes[task]: text for task, text in _labelled(err) if task < len(nodes) and text.strip()}
+    return Gathered(tuple(nodes), tuple(report for report in reports if report is not None), said)
+
+
+def _labelled(text: str) -> list[tuple[int, str]]:
+    matches = (_LABELLED.match(line) for line in text.splitlines())
+    return [(int(match[1]), match[2]) for match in matches if match]
+
+
+def _run(command: Sequence[str], timeout: float) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"{command[0]} does not work here: {error}; run inside the job") from error

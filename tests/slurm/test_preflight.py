@@ -1,0 +1,76 @@
+"""A node that cannot take part is named before the first step, and no step is made."""
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+from jobs import Jobs
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster, repository, tiny_models, small_corpus):
+    return Jobs(cluster, repository, tiny_models, small_corpus)
+
+
+def ended(jobs, run_dir, code):
+    """What a job said that ended with this code before it trained."""
+    job = jobs.submit("prior", run_dir)
+    jobs.cluster.wait(job, timeout=180)
+    printed = jobs.cluster.output(job)
+    assert jobs.cluster.exit_code(job) == code, printed
+    assert "step 1/" not in printed
+    lines = [line for line in printed.splitlines() if "preflight" in line]
+    assert len(lines) == 1, printed
+    return lines[0]
+
+
+def test_a_node_with_another_version_is_named(jobs, tmp_path):
+    package = importlib.metadata.distribution("webdataset")
+    metadata = next(path for path in package.files or () if path.name == "METADATA").locate()
+    other = tmp_path / "METADATA"
+    other.write_text(Path(metadata).read_text().replace(f"Version: {package.version}", "Version: 0.0.1"))
+    jobs.cluster.on_host("n1", ["mount", "--bind", str(other), str(metadata)])
+    try:
+        said = ended(jobs, tmp_path / "run", 78)
+    finally:
+        jobs.cluster.on_host("n1", ["umount", str(metadata)])
+    assert f"n1: webdataset is 0.0.1, on the other nodes {package.version}; install the same one" in said
+
+
+def test_a_node_that_cannot_write_the_run_folder_is_named(jobs, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    jobs.cluster.on_host("n1", ["mount", "--bind", str(folder), str(folder)])
+    jobs.cluster.on_host("n1", ["mount", "-o", "remount,ro,bind", str(folder)])
+    try:
+        said = ended(jobs, folder, 78)
+    finally:
+        jobs.cluster.on_host("n1", ["umount", str(folder)])
+    assert f"n1: run.dir={folder} cannot be written: Read-only file system" in said
+
+
+def test_a_node_that_misses_a_shard_is_named(jobs, small_corpus, tmp_path):
+    """The second node looks at every second shard; here its mount of the corpus has lost that one."""
+    shard = sorted((small_corpus / "train").glob("*.tar"))[1]
+    empty = tmp_path / "empty"
+    empty.write_bytes(b"")
+    jobs.cluster.on_host("n1", ["mount", "--bind", str(empty), str(shard)])
+    try:
+        said = ended(jobs, tmp_path / "run", 65)
+    finally:
+        jobs.cluster.on_host("n1", ["umount", str(shard)])
+    assert f"n1: {shard} has 0 bytes" in said
+
+
+def test_a_node_that_cannot_start_at_all_is_named(jobs, tiny_models, tmp_path):
+    """Its file system lacks the models; the others' do not."""
+    empty = tmp_path / "nothing"
+    empty.mkdir()
+    jobs.cluster.on_host("n1", ["mount", "--bind", str(empty), str(tiny_models / "prior")])
+    try:
+        said = ended(jobs, tmp_path / "run", 78)
+    finally:
+        jobs.cluster.on_host("n1", ["umount", str(tiny_models / "prior")])
+    assert "n1: model.prior=" in said
