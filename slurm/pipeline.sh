@@ -80,13 +80,13 @@ unset KANDINSKY_COMMAND KANDINSKY_CONFIG NPROC_PER_NODE  # they would reach the 
 # The words of a network's commands; a setting that is given twice is the last one's.
 words_of() { # STAGE
   local -n own=$1
-  local -g -a precompute train held_out
-  precompute=("$1" "--config=${config[$1]}" "${both[@]}" "${own[@]}")
-  train=("${precompute[@]:1}" --data.source=cached "--data.shards=$run_dir/cache/$1" "--run.dir=$run_dir/$1")
-  held_out=("${precompute[@]}" --data.source=raw --data.aspect_buckets=false "--data.shards=$validation"
-    "--out=$run_dir/cache/$1-validation")
-  precompute+=(--data.source=raw "--data.shards=$shards" "--out=$run_dir/cache/$1" "${flip[@]}")
-  [ -z "$validation" ] || train+=("--validation.shards=$run_dir/cache/$1-validation")
+  local given=("--config=${config[$1]}" "${both[@]}" "${own[@]}") cache=$run_dir/cache/$1
+  train=("${given[@]}" --data.source=cached "--data.shards=$cache" "--run.dir=$run_dir/$1")
+  precompute=("$1" "${given[@]}" --data.source=raw --validation.every_steps=0)
+  held_out=("${precompute[@]}" "--data.shards=$validation" "--out=$cache-validation")
+  [ "$1" = prior ] || held_out+=(--data.aspect_buckets=false)
+  precompute+=("--data.shards=$shards" "--out=$cache" "${flip[@]}")
+  [ -z "$validation" ] || train+=("--validation.shards=$cache-validation")
 }
 checked() { "$python" -m kandinsky_dist submit "$@" --dry-run --nodes="$nodes" --gpus-per-node="$gpus" >/dev/null; }
 for stage in prior decoder; do
@@ -99,23 +99,19 @@ done
 submitted=()
 # Submits a job that waits for others, and keeps its id under its name.
 submit() { # NAME "NAMES OF JOBS" NODES GPUS SCRIPT WORDS...
-  local name=$1 waits_for=$2 line id after=()
-  line=(sbatch --parsable "--job-name=kandinsky-$name" "--nodes=$3" "--gpus-per-node=$4"
-    "--output=$run_dir/logs/%x-%j.log" "${options[@]}")
-  shift 4
-  if [ -n "$waits_for" ]; then
-    for other in $waits_for; do after+=("${ids[$other]}"); done
-    line+=("--dependency=afterok:$(IFS=:; echo "${after[*]}")" --kill-on-invalid-dep=yes)
-  fi
-  line+=("$root/slurm/$1" "${@:2}")
+  local name=$1 other id after='' words
+  words=("--job-name=kandinsky-$name" "--nodes=$3" "--gpus-per-node=$4" "--output=$run_dir/logs/%x-%j.log"
+    "${options[@]}")
+  for other in $2; do after+=:${ids[$other]}; done
+  after=${after:+--dependency=afterok$after}
+  words+=(${after:+--kill-on-invalid-dep=yes} "$root/slurm/$5" "${@:6}")
   if [ "$is_dry" = 1 ]; then
-    # Names stand for ids that are not known yet; what is printed can be run as it is.
-    printf '%s=$(' "${name//-/_}"
-    printf '%q ' "${line[@]}" | sed 's/@\([a-z_]*\)@/${\1%%;*}/g; s/ $/)\n/'
-    ids[$name]=@${name//-/_}@
+    # Variables stand for ids that are not known yet; what is printed can be run as it is.
+    printf '%s=$(sbatch --parsable%s%s)\n' "${name//-/_}" "${after:+ $after}" "$(printf ' %q' "${words[@]}")"
+    ids[$name]="\${${name//-/_}%%;*}"
     return
   fi
-  if ! id=$("${line[@]}"); then
+  if ! id=$(sbatch --parsable ${after:+"$after"} "${words[@]}"); then
     [ "${#submitted[@]}" -eq 0 ] || scancel "${submitted[@]}" || true
     refuse "sbatch refused $name, see above; the jobs before it were removed"
   fi
