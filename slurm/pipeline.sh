@@ -44,7 +44,8 @@ while [ "$#" -gt 0 ]; do
     value=${1#*=}
     shift
   else
-    [ "$#" -gt 1 ] || refuse "$name is no option or needs a value; see --help"
+    # Of what begins with dashes only --name=value makes a value.
+    [[ $# -gt 1 && $2 != --* ]] || refuse "$name is no option or needs a value; see --help"
     value=$2
     shift 2
   fi

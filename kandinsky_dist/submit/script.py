@@ -77,8 +77,13 @@ def render(job: Job) -> str:
 
 
 def sbatch_quote(word: str) -> str:
-    """A word as sbatch reads it from a file: to it a backslash escapes even between single quotes."""
-    return re.sub(r"([^\w@%+=:,./-])", r"\\\1", word)
+    """A word as sbatch reads it from a file.
+
+    Not as a shell does: a backslash escapes between quotes of either kind, but no space outside them.
+    """
+    if re.fullmatch(r"[\w@%+=:,./-]+", word):
+        return word
+    return '"' + re.sub(r'(["\\])', r"\\\1", word) + '"'
 
 
 def _header(job: Job) -> Iterator[str]:

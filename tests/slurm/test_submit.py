@@ -16,7 +16,7 @@ SETTINGS = (
     "optim.lr_scheduler=constant",
     "optim.lr_warmup_steps=0",
 )
-COMMENT = 'it\'s $HOME # a \\ and "two"'
+NAME = 'it\'s $HOME # a \\ and "two"'
 
 
 @pytest.fixture
@@ -47,15 +47,14 @@ def submit(cluster, repository, tiny_models, small_corpus):
 def test_a_task_a_node_and_a_task_a_rank_lose_what_one_process_loses(
     cluster, submit, tiny_models, small_corpus, tmp_path
 ):
-    a_node = submit(tmp_path / "node", "--sbatch", f"comment={COMMENT}", "--srun", "cpu-bind=none")
+    a_node = submit(tmp_path / "node", "--job-name", NAME, "--srun", "cpu-bind=none")
     a_rank = submit(tmp_path / "rank", "--tasks-per-node", "rank", "--srun=--label")
     alone = train("prior", *SETTINGS, models=tiny_models, corpus=small_corpus, run_dir=tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
-    assert f"Comment={COMMENT}\n" in cluster.run(["scontrol", "show", "job", str(a_node)])
+    assert f"JobName={NAME}\n" in cluster.run(["scontrol", "show", "job", str(a_node)])
     for job in (a_node, a_rank):
         fields = cluster.wait(job, timeout=300)
-        assert fields["JobState"] == "COMPLETED", cluster.output(job)
-        assert (fields["Requeue"], fields["JobName"]) == ("1", "kandinsky-prior")
+        assert (fields["JobState"], fields["Requeue"]) == ("COMPLETED", "1"), cluster.output(job)
     assert "\n0: kandinsky-dist: " in f"\n{cluster.output(a_rank)}", (
         "srun was given its option, a task a rank"
     )
@@ -67,11 +66,12 @@ def test_a_task_a_node_and_a_task_a_rank_lose_what_one_process_loses(
 
 
 def test_a_refusal_leaves_nothing_in_the_queue(cluster, submit, tmp_path):
+    before = cluster.run(["squeue", "--noheader", "--format=%i"]).split()
     with pytest.raises(SlurmError, match="sbatch refused the job: sbatch: error: invalid partition"):
         submit(tmp_path / "run", "--partition=nowhere")
     with pytest.raises(SlurmError, match="must be a multiple"):
         submit(tmp_path / "run", settings=("data.global_batch_size=6",))
-    assert cluster.run(["squeue", "--noheader"]) == ""
+    assert set(cluster.run(["squeue", "--noheader", "--format=%i"]).split()) <= set(before)
 
 
 def test_a_pipeline_goes_from_shards_to_a_picture(cluster, repository, tiny_models, small_corpus, tmp_path):
@@ -83,20 +83,13 @@ def test_a_pipeline_goes_from_shards_to_a_picture(cluster, repository, tiny_mode
         "run.max_steps=2",
         "data.global_batch_size=8",
         "data.num_workers=0",
-        "validation.every_steps=2",
-        "validation.num_samples=8",
         "telemetry.report_to=[]",
         "telemetry.log_every_steps=1",
     )
     said = cluster.run(
         [
             str(repository / "slurm" / "pipeline.sh"),
-            *(
-                "--shards",
-                str(small_corpus / "train"),
-                "--validation-shards",
-                str(small_corpus / "validation"),
-            ),
+            *("--shards", str(small_corpus / "validation")),
             *("--run-dir", str(run_dir), "--nodes", "1", "--gpus-per-node=1"),
             *("--config-prior", "prior_tiny", "--config-decoder", "decoder_tiny"),
             *(f"--set={setting}" for setting in settings),
@@ -106,11 +99,11 @@ def test_a_pipeline_goes_from_shards_to_a_picture(cluster, repository, tiny_mode
         cwd=tmp_path,
     )
     jobs = dict(line.split() for line in said.splitlines()[:-1])
-    assert len(jobs) == 9, said
+    assert len(jobs) == 7, said
     for name, number in jobs.items():
         fields = cluster.wait(int(number), timeout=500)
         log = run_dir / "logs" / f"kandinsky-{name}-{number}.log"
-        assert fields["JobState"] == "COMPLETED", log.read_text()
+        assert fields["JobState"] == "COMPLETED", log.read_text() if log.exists() else fields
     for stage in ("prior", "decoder"):
         assert len(losses(run_dir / stage)) == 2
     assert (run_dir / "sample.png").read_bytes().startswith(b"\x89PNG")

@@ -21,7 +21,7 @@ EXPECTED = """\
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@180
 #SBATCH --partition=gpu
-#SBATCH --comment=a\\ \\#\\ b
+#SBATCH "--comment=a # b"
 # Trains the prior on 4 x 8 GPUs. Made by kandinsky-dist submit.
 set -euo pipefail
 export NCCL_DEBUG='INFO WARN'
@@ -114,10 +114,13 @@ def test_the_header_is_read_back_as_sbatch_reads_it(word):
 
 
 def _as_sbatch(line: str) -> list[str]:
-    """get_argument of Slurm's sbatch: unlike in a shell, a backslash escapes in single quotes too."""
+    """How Slurm's sbatch takes a line of options apart."""
     words, word, quote, escaped = [], None, "", False
     for char in line:
-        if escaped:
+        if char in " \t" and not quote:  # even behind a backslash
+            words += [] if word is None else [word]
+            word = None
+        elif escaped:
             word, escaped = (word or "") + char, False
         elif char == "\\":
             word, escaped = word or "", True
@@ -127,9 +130,6 @@ def _as_sbatch(line: str) -> list[str]:
             word, quote = word or "", char
         elif char == "#":
             break
-        elif char in " \t":
-            words += [] if word is None else [word]
-            word = None
         else:
             word = (word or "") + char
     return words + ([] if word is None else [word])
