@@ -5,8 +5,11 @@
 #   KANDINSKY_CONFIG   recipe or YAML file (default: prior_full or decoder_full)
 #   NPROC_PER_NODE     ranks a node (default: the job's GPUs there, else 1)
 #   KANDINSKY_COMMAND  what is run (default: train); processes of precompute share a folder and need no meeting
-#   KANDINSKY_PREFLIGHT 0 leaves out the look at all nodes before the first step (kandinsky-dist preflight --help)
-#   KANDINSKY_REQUEUES how often a job may have been requeued and still requeue itself after a crash or a hang (default 3)
+#   KANDINSKY_PREFLIGHT  0 leaves out the look at all nodes before the first step (kandinsky-dist preflight --help)
+#   KANDINSKY_REQUEUES   how often a job may have been requeued and still requeue itself after a crash or hang (default 3)
+#   KANDINSKY_TASKS    node: one task a node, which starts its ranks through launch/node.sh (default); rank: one task
+#                      a rank, through launch/rank.sh, which Slurm then binds and counts one by one
+#   KANDINSKY_SRUN     more options for srun, quoted as for a shell, which expands nothing in them
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 stage=$1
@@ -49,16 +52,44 @@ end_with() {
   exit "$status"
 }
 
+tasks=1
+if [ "${KANDINSKY_TASKS:-node}" = rank ]; then
+  tasks=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+  [ "$tasks" != auto ] || tasks=1
+  if [ "${MAX_RESTARTS:-0}" -gt 0 ] || [ "${MIN_NODES:-$NUM_NODES}" -lt "$NUM_NODES" ]; then
+    echo "MAX_RESTARTS and MIN_NODES need KANDINSKY_TASKS=node: with rank nobody starts a rank again" >&2
+    exit 78
+  fi
+  export MASTER_ADDR=$first_node MASTER_PORT=${RENDEZVOUS##*:}
+  cores=$((SLURM_CPUS_ON_NODE > tasks ? SLURM_CPUS_ON_NODE / tasks : 1))
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
+  launcher=rank.sh
+elif [ "${KANDINSKY_TASKS:-node}" != node ]; then
+  echo "KANDINSKY_TASKS=$KANDINSKY_TASKS is neither node nor rank" >&2
+  exit 78
+fi
+more=()
+if [ -n "${KANDINSKY_SRUN:-}" ]; then
+  # xargs takes quotes away as a shell does, and runs nothing that stands between them.
+  words=$(xargs -r printf '%s\n' <<<"$KANDINSKY_SRUN") || {
+    echo "KANDINSKY_SRUN=$KANDINSKY_SRUN cannot be split into words: close its quotes" >&2
+    exit 78
+  }
+  mapfile -t more <<<"$words"
+fi
+
 was_signalled=0
 trap 'was_signalled=1' USR1 TERM
-if [ "$command" = train ] && [ "${KANDINSKY_PREFLIGHT:-1}" != 0 ]; then
+# Not with a container: what is outside of it is not what runs.
+if [ "$command" = train ] && [ "${KANDINSKY_PREFLIGHT:-1}" != 0 ] && [[ "${KANDINSKY_SRUN:-}" != *--container* ]]; then
   source "$root/launch/python.sh"
   status=0
   "$python" -m kandinsky_dist preflight "$stage" --config "$config" "$@" || status=$?
   [ "$was_signalled" = 0 ] || end_with 75
   [ "$status" = 0 ] || end_with "$status"
 fi
-srun --ntasks-per-node=1 --nodes="$NUM_NODES" --cpus-per-task="$cores" --wait="$wait" \
+srun --nodes="$NUM_NODES" --ntasks=$((NUM_NODES * tasks)) --ntasks-per-node="$tasks" --cpus-per-task="$cores" \
+  --wait="$wait" "${more[@]}" \
   "$root/launch/$launcher" "$command" "$stage" --config "$config" "$@" &
 step=$!
 

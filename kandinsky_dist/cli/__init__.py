@@ -15,6 +15,7 @@ from kandinsky_dist.cli.networks import add_export, add_generate, add_models
 from kandinsky_dist.cli.precompute import add_precompute
 from kandinsky_dist.cli.preflight import add_preflight
 from kandinsky_dist.cli.status import add_status
+from kandinsky_dist.cli.submit import add_submit
 from kandinsky_dist.cli.train import add_check, add_train
 from kandinsky_dist.errors import ConfigError
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     add_check(commands)
     add_preflight(commands)
     add_status(commands)
+    add_submit(commands)
     add_data(commands)
     add_models(commands)
     add_precompute(commands)

@@ -6,6 +6,7 @@ from typing import Any
 
 from kandinsky_dist.cli.train import add_configured, resolved_of
 from kandinsky_dist.config import resolve
+from kandinsky_dist.config.loader import Resolved
 from kandinsky_dist.errors import ConfigError
 
 
@@ -14,10 +15,7 @@ def add_precompute(commands: Any) -> None:
 
     def run(arguments: argparse.Namespace) -> None:
         resolved = resolved_of(arguments)
-        resolve.check(resolved, world_size=1)
-        resolve.check_precompute(resolved.config)
-        if arguments.batch_size < 1:
-            raise ConfigError(f"--batch-size {arguments.batch_size} must be above 0")
+        check_precompute(arguments, resolved)
         from kandinsky_dist.faults.preempt import StopRequest
 
         with StopRequest().listening() as stop:
@@ -39,6 +37,21 @@ def add_precompute(commands: Any) -> None:
         "with data.source=cached. Any number of processes, on any number of machines, share the work; the "
         "same command again continues.",
     )
+    add_precompute_options(parser)
+
+
+def check_precompute(
+    arguments: argparse.Namespace, resolved: Resolved, *, with_packages: bool = True
+) -> None:
+    """Raises the first rule that options or settings break as a ConfigError."""
+    resolve.check(resolved, world_size=1, with_packages=with_packages)
+    resolve.check_precompute(resolved.config)
+    if arguments.batch_size < 1:
+        raise ConfigError(f"--batch-size {arguments.batch_size} must be above 0")
+
+
+def add_precompute_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what the command takes beside a configuration."""
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards, seen by all processes")
     parser.add_argument(
         "--dtype", choices=("fp16", "bf16"), default="fp16", help="that outputs are kept in (default: fp16)"

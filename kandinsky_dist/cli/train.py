@@ -8,7 +8,7 @@ from kandinsky_dist.cli.arguments import command
 from kandinsky_dist.cli.failures import failures_said
 from kandinsky_dist.config import launch_env, loader, resolve
 from kandinsky_dist.config.ranks import read_ranks
-from kandinsky_dist.config.schema import SECTIONS, STAGES
+from kandinsky_dist.config.schema import SECTIONS, STAGES, Stage
 
 
 def add_train(commands: Any) -> None:
@@ -63,8 +63,25 @@ def settings_help() -> str:
     return "\n".join(lines)
 
 
-def add_configured(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-    """Adds a command that takes a stage, a configuration and settings."""
+def add_configured(
+    commands: Any,
+    name: str,
+    run: Any,
+    summary: str,
+    *,
+    stage: Stage | None = None,
+    default_config: str = "defaults only",
+) -> argparse.ArgumentParser:
+    """Adds a command that takes a stage, a configuration and settings.
+
+    Args:
+        commands: where it is added.
+        name: its word.
+        run: called with its arguments.
+        summary: for --help.
+        stage: the only one that it is for, which is not asked for then.
+        default_config: what is taken without --config, for --help.
+    """
     parser = command(
         commands,
         name,
@@ -75,9 +92,12 @@ def add_configured(commands: Any, name: str, run: Any, summary: str) -> argparse
         allow_abbrev=False,
     )
     parser.set_defaults(takes_settings=True)
-    parser.add_argument("stage", choices=STAGES, help="which of the two networks")
+    if stage is None:
+        parser.add_argument("stage", choices=STAGES, help="which of the two networks")
+    else:
+        parser.set_defaults(stage=stage)
     parser.add_argument(
-        "--config", metavar="NAME_OR_FILE", help="recipe name or YAML file (default: defaults only)"
+        "--config", metavar="NAME_OR_FILE", help=f"recipe name or YAML file (default: {default_config})"
     )
     return parser
 

@@ -52,11 +52,11 @@ _SHARES = ("data.caption_dropout", "data.image_embedding_dropout", "optim.adam_b
 _WHOLE_SHARES = ("data.horizontal_flip", "data.max_bad_fraction", "watchdog.straggler_share")
 
 
-def check(resolved: Resolved, *, world_size: int) -> None:
+def check(resolved: Resolved, *, world_size: int, with_packages: bool = True) -> None:
     """Raises the first broken rule as a ConfigError that names key, value and remedy."""
     if world_size < 1:
         raise ConfigError(f"--world-size={world_size} must be above 0")
-    for problem in problems(resolved, world_size=world_size):
+    for problem in problems(resolved, world_size=world_size, with_packages=with_packages):
         raise ConfigError(problem)
 
 
@@ -73,7 +73,9 @@ def check_precompute(config: Config) -> None:
         raise ConfigError(problem)
 
 
-def problems(resolved: Resolved, *, world_size: int, is_elsewhere: bool = False) -> Iterator[str]:
+def problems(
+    resolved: Resolved, *, world_size: int, is_elsewhere: bool = False, with_packages: bool = True
+) -> Iterator[str]:
     """Every broken rule, one line each; of a run elsewhere not those about its corpus and packages."""
     config = resolved.config
     yield from _ranges(config)
@@ -85,7 +87,7 @@ def problems(resolved: Resolved, *, world_size: int, is_elsewhere: bool = False)
     yield from engine_problems(resolved, world_size)
     yield from _watchdog(config)
     yield from _profiling(resolved, world_size)
-    if not is_elsewhere:
+    if with_packages and not is_elsewhere:
         yield from _packages(config)
 
 

@@ -253,9 +253,11 @@ class Cluster:
         """`scancel --signal`: to the tasks of the job's steps, or with `batch` to its batch shell alone."""
         self._client(["scancel", f"--signal={number.name[3:]}", *(["--batch"] if batch else []), str(job)])
 
-    def run(self, arguments: Sequence[str]) -> str:
-        """Runs any Slurm command at the head and returns what it printed."""
-        return self._client(arguments)
+    def run(
+        self, arguments: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
+        """Runs any command at the head, with `env` as in `sbatch`, and returns what it printed."""
+        return self._client(arguments, env=env, cwd=cwd)
 
     def on_host(self, name: str, arguments: Sequence[str]) -> str:
         """Runs a command on one host, with its network and mounts, and returns what it printed."""

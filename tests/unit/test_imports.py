@@ -22,7 +22,7 @@ LAYERS = (
     {"objectives", "faults"},
     {"parallel"},
     {"checkpoint"},
-    {"train", "precompute", "status"},
+    {"train", "precompute", "status", "submit"},
     {"estimate", "preflight"},
     {"bench"},
     {"cli"},
@@ -37,6 +37,7 @@ TORCH_FREE = (
     "errors.py",
     "optional.py",
     "status/*.py",
+    "submit/*.py",
 )
 BRINGS_TORCH = {
     "accelerate",
