@@ -23,7 +23,7 @@ from torch.distributed import TCPStore
 Result = TypeVar("Result")
 # Imported by any run. In Python 3.11 the server does not see this folder, so these are installed modules.
 PRELOADED = [
-    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # brings inductor, which takes as long as all else
     "kandinsky_dist.checkpoint.export",
     "kandinsky_dist.models.init",
     "kandinsky_dist.train.trainer",
