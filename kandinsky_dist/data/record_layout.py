@@ -111,21 +111,24 @@ class Sheet:
     def __len__(self) -> int:
         return len(self.num_rows_B)
 
-    def buffers(self) -> Iterator[list[memoryview]]:
+    def buffers(self) -> Iterator[tuple[memoryview, ...]]:
         """Of each sample, the pieces of memory that the bytes of its record go to, one after the other."""
-        layout, seal_bytes = self.layout, _bytes(self.seals_B.view(np.uint8))
-        parts = [
-            (_bytes(self.tensors[name]), size)
+        layout, num = self.layout, len(self)
+        columns = [
+            _pieces(_bytes(self.tensors[name]), size)
             for name, size in zip(layout.shapes, layout.part_bytes, strict=True)
         ]
-        rows = _bytes(self.tensors[layout.rows[0]]) if layout.rows else seal_bytes
-        stride = len(rows) // max(1, len(self))
-        for sample, num_rows in enumerate(self.num_rows_B.tolist()):
-            pieces = [content[sample * size : (sample + 1) * size] for content, size in parts]
-            if num_rows:
-                pieces.append(rows[sample * stride : sample * stride + num_rows * layout.row_bytes])
-            pieces.append(seal_bytes[sample * WORD_BYTES : (sample + 1) * WORD_BYTES])
-            yield pieces
+        if layout.rows:
+            rows = _bytes(self.tensors[layout.rows[0]])
+            stride, width = len(rows) // max(1, num), layout.row_bytes
+            columns.append(
+                [
+                    rows[sample * stride : sample * stride + num_rows * width]
+                    for sample, num_rows in enumerate(self.num_rows_B.tolist())
+                ]
+            )
+        columns.append(_pieces(_bytes(self.seals_B.view(np.uint8)), WORD_BYTES))
+        return zip(*columns, strict=True)
 
     def fill(self, records: Sequence[bytes]) -> None:
         """Takes each sample's record, which is of the length that the sheet was made for."""
@@ -135,10 +138,17 @@ class Sheet:
                 buffer[:] = record[start : start + len(buffer)]
                 start += len(buffer)
 
-    def broken_seals(self) -> list[int]:
-        """Samples whose bytes are not those that were sealed. Zeros behind the rows change no seal."""
-        words = [_words(tensor) for tensor in self.tensors.values()]
-        return np.flatnonzero(seals(words) != self.seals_B).tolist()
+    def broken_seals(self, start: int = 0, end: int | None = None) -> list[int]:
+        """Of samples `start` to before `end`, those whose bytes are not those that were sealed.
+
+        Zeros behind the rows change no seal.
+        """
+        total_B = seals([words_BW[start:end] for words_BW in self._words])
+        return (start + np.flatnonzero(total_B != self.seals_B[start:end])).tolist()
+
+    @cached_property
+    def _words(self) -> list[Uint64s]:
+        return [_words(tensor) for tensor in self.tensors.values()]
 
     def put(self, sample: int, other: "Sheet") -> None:
         """Takes the first record of another sheet for a sample, however many rows it has."""
@@ -167,6 +177,11 @@ def _words(tensor: Tensor) -> Uint64s:
     """The bytes of each sample as 8-byte words (B, W)."""
     array = tensor.contiguous().view(torch.uint8).numpy()
     return array.reshape(len(array), math.prod(array.shape[1:])).view(np.uint64)  # of no rows too
+
+
+def _pieces(content: memoryview, size: int) -> list[memoryview]:
+    """Cut into equal pieces."""
+    return [content[start : start + size] for start in range(0, len(content), size)]
 
 
 def _bytes(content: Tensor | npt.NDArray[np.uint8]) -> memoryview:
