@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky_dist.cli.arguments import SIZES, command, group
+from kandinsky_dist.cli.bench_faults import add_faults
 from kandinsky_dist.cli.bench_training import add_training
 from kandinsky_dist.config.schema import STAGES
 
@@ -13,6 +14,7 @@ def add_bench(commands: Any) -> None:
     """Adds the commands."""
     commands = group(commands, "bench", "Measured tables: a JSON record and the table rendered from it.")
     add_training(commands)
+    add_faults(commands)
 
     def memory(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.memory import run

@@ -36,7 +36,7 @@ Check = Literal["seal", "crc32", "none"]
 RECORD_EXTENSION = "cached"
 """Of the members that hold records."""
 CHECKED_AT_ONCE_BYTES = 2**20
-"""So much has just been read and is still in a core's own cache; by whole batches, seals cost a tenth more."""
+"""So much has just been read and is still in a core's own cache, where seals are checked fastest."""
 LOCATED_AT_ONCE = 4096
 """Positions. By batches of 256, finding the places would take a fifth of the time."""
 
@@ -203,7 +203,7 @@ class RecordReader:
         odd = np.flatnonzero(num_rows_B < 0).tolist()
         sheet = Sheet(layout, np.maximum(num_rows_B, 0), pin_memory=pin_memory)
         failures = {row: size_problem(slots.name(row), int(slots.sizes_B[row]), layout) for row in odd}
-        preadv = os.preadv
+        preadv, damaged = os.preadv, list[int]()
         jobs = zip(
             range(len(slots)),
             sheet.buffers(),
@@ -221,24 +221,21 @@ class RecordReader:
                         continue
                     if preadv(descriptor, buffers, offset) != size:
                         _read_again(slots, row, buffers, failures)
-                for row in self._damaged(slots, sheet, start, min(start + block, len(slots))):
-                    failures.setdefault(row, seal_problem(slots.name(row)))
+                if self._check == "seal":
+                    damaged += sheet.broken_seals(start, start + block)
         except OSError as error:
             path = slots.shard(row).path
             raise DataError(f"{path}: cannot be read at byte {offset}: {error.strerror}") from error
-        return sheet, failures
-
-    def _damaged(self, slots: Slots, sheet: Sheet, start: int, end: int) -> list[int]:
-        if self._check == "seal":
-            return sheet.broken_seals(start, end)
         if self._check == "crc32":
             known = zip(sheet.buffers(), slots.checksums_B.tolist(), strict=True)
-            return [
+            damaged += [
                 row
-                for row, (buffers, checksum) in islice(enumerate(known), start, end)
+                for row, (buffers, checksum) in enumerate(known)
                 if checksum >= 0 and _crc32(buffers) != checksum
             ]
-        return []
+        for row in damaged:
+            failures.setdefault(row, seal_problem(slots.name(row)))
+        return sheet, failures
 
 
 def size_problem(sample: str, found: int, layout: RecordLayout) -> str:

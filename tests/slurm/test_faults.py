@@ -1,0 +1,112 @@
+"""A run of several nodes that things happen to, one after the other, and that comes back by itself."""
+
+import os
+import sys
+
+import pytest
+from helpers.command import DEFAULTS
+from jobs import CAMPAIGN, SETTINGS
+
+from kandinsky_dist.bench.fault_kinds import (
+    Fault,
+    ask_to_stop,
+    end_time,
+    give_time,
+    kill_rank,
+    kill_worker,
+    move_to,
+    requeue,
+    stop_rank,
+)
+from kandinsky_dist.bench.faults import Request, run
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3000)]
+
+SOME = (
+    Fault("SIGKILL of a rank", kill_rank),
+    Fault("SIGKILL of a rank's data workers", kill_worker, restarts=False),
+)
+
+
+def node_faults(cluster):
+    """Those that only the owner of the cluster can bring about."""
+    chosen = []
+
+    def any_node(job, dice):
+        chosen.append(dice.choice(sorted({beat.host for beat in job.beats().values()})))
+        return chosen[-1]
+
+    def power_off(job, dice):
+        cluster.power_off(any_node(job, dice))
+
+    def power_on(job):
+        job.wait(lambda: job.state != "RUNNING", "be requeued")
+        cluster.boot(chosen[-1])
+
+    def cut(job, dice):
+        cluster.set_link(any_node(job, dice), up=False)
+
+    def mend(job):
+        job.wait(lambda: job.state != "RUNNING", "be requeued")
+        cluster.set_link(chosen[-1], up=True)
+
+    def preempt(job, _dice):
+        job.call(
+            ["sbatch", "--partition=high", f"--nodes={cluster.num_nodes}", "--exclusive", "--wrap=sleep 5"]
+        )
+
+    return (
+        Fault("a node loses its power", power_off, heal=power_on),
+        Fault("a node's network is cut", cut, heal=mend),
+        Fault("preemption", preempt),
+    )
+
+
+def test_it_comes_back_from_everything(four_nodes, repository, tiny_models, small_corpus, tmp_path):
+    faults = SOME
+    if CAMPAIGN:
+        faults = (
+            *SOME,
+            Fault("SIGSTOP of a rank", stop_rank),
+            Fault("USR1 to the batch shell", ask_to_stop),
+            Fault("time limit", end_time, heal=give_time),
+            Fault("scontrol requeue", requeue),
+            Fault("from 4 nodes to 2", move_to(2)),
+            Fault("from 2 nodes to 4", move_to(4)),
+            *node_faults(four_nodes),
+        )
+    settings = {
+        **{key: value for key, value in DEFAULTS.items() if not key.startswith(("run.", "checkpoint."))},
+        **dict(word.split("=", 1) for word in SETTINGS),
+        "data.num_workers": 1,
+        "data.micro_batch_size": 1,
+        "model.prior": tiny_models / "prior",
+        "data.shards": small_corpus / "train",
+        "watchdog.step_seconds": 30,
+        "watchdog.heartbeat_seconds": 2,
+    }
+    environment = {"KANDINSKY_CONFIG": "prior_tiny", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+
+    def call(command):
+        return four_nodes.run(command, env={**environment, "KANDINSKY_REQUEUES": "20"}, cwd=repository)
+
+    record = run(
+        tmp_path / "out",
+        Request(
+            stage="prior",
+            config="prior_tiny",
+            num_nodes=4,
+            ranks_per_node=2,
+            strategy="ddp",
+            options=("--partition=low",),
+            settings=tuple(f"--{key}={value}" for key, value in settings.items()),
+        ),
+        faults,
+        call=call,
+        device=f"a test cluster of 4 nodes on one machine of {os.cpu_count()} cores",
+        seed=0,
+    )
+    assert [row["fault"] for row in record.rows] == [fault.name for fault in faults]
+    for row in record.rows:
+        assert row["samples_lost"] == row["samples_repeated"] == 0, row
+        assert row["loss_difference"] < 1e-5, row
