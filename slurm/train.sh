@@ -2,14 +2,14 @@
 # The common part of slurm/*.sbatch: `slurm/train.sh STAGE ARGUMENTS...` inside an allocation trains over all of its
 # nodes, one task a node, each the parent of its node's ranks. Ends with the exit status of the run.
 #
-#   KANDINSKY_CONFIG   recipe or YAML file (default: prior_full or decoder_full)
-#   NPROC_PER_NODE     ranks a node (default: the job's GPUs there, else 1)
-#   KANDINSKY_COMMAND  what is run (default: train); processes of precompute share a folder and need no meeting
+#   KANDINSKY_CONFIG     recipe or YAML file (default: prior_full or decoder_full)
+#   NPROC_PER_NODE       ranks a node (default: the job's GPUs there, else 1)
+#   KANDINSKY_COMMAND    what is run (default: train); processes of precompute share a folder and need no meeting
 #   KANDINSKY_PREFLIGHT  0 leaves out the look at all nodes before the first step (kandinsky-dist preflight --help)
 #   KANDINSKY_REQUEUES   how often a job may have been requeued and still requeue itself after a crash or hang (default 3)
-#   KANDINSKY_TASKS    node: one task a node, which starts its ranks through launch/node.sh (default); rank: one task
-#                      a rank, through launch/rank.sh, which Slurm then binds and counts one by one
-#   KANDINSKY_SRUN     more options for srun, quoted as for a shell, which expands nothing in them
+#   KANDINSKY_TASKS      node: one task a node, which starts its ranks through launch/node.sh (default); rank: one task
+#                        a rank, through launch/rank.sh, which Slurm then binds and counts one by one
+#   KANDINSKY_SRUN       more options for srun, quoted as for a shell, which expands nothing in them
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 stage=$1
