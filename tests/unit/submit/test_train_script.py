@@ -13,6 +13,7 @@ ALLOCATION = {
     "SLURM_JOB_NODELIST": "n[0-1]",
     "SLURM_CPUS_ON_NODE": "64",
     "SLURM_GPUS_ON_NODE": "8",
+    "KANDINSKY_PREFLIGHT": "0",  # there are no nodes to look at
 }
 
 
