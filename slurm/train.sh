@@ -18,7 +18,8 @@ source "$root/slurm/env.sh"
 
 export NUM_NODES=$SLURM_JOB_NUM_NODES
 export RENDEZVOUS_ID=$SLURM_JOB_ID
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first_node=${nodes%%$'\n'*}
 # Below the ports that the kernel hands out by itself; two jobs that share a node differ in their ids.
 export RENDEZVOUS=$first_node:$((20000 + SLURM_JOB_ID % 12000))
 # Without it a task gets one core, whatever the job has (Slurm 22.05 and later).
