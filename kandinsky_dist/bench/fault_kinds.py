@@ -186,7 +186,9 @@ def move_to(num_nodes: int) -> Callable[[Job, random.Random], None]:
     def strike(job: Job, dice: random.Random) -> None:
         ask_to_stop(job, dice)
         job.wait(lambda: job.state == "PENDING", "be requeued")
-        job.update(NumNodes=f"{num_nodes}-{num_nodes}", NumTasks=num_nodes)
+        fields = job.fields()
+        num_cpus = int(fields["NumCPUs"]) * num_nodes // int(fields["NumNodes"].partition("-")[0])
+        job.update(NumNodes=f"{num_nodes}-{num_nodes}", NumTasks=num_nodes, NumCPUs=num_cpus)
 
     return strike
 
