@@ -15,7 +15,7 @@ ALL = [
     for num_nodes in (2, 4)
     for strategy in ("ddp", "fsdp2", "zero2", "zero3")
 ]
-# Each stage and number of nodes once; test_submit.py and test_faults.py have ddp. The rest is for the campaign.
+# Each stage and number of nodes once; test_submit.py and test_faults.py have ddp. The rest: the campaign.
 SOME = [("prior", 4, "fsdp2"), ("decoder", 2, "zero3")]
 
 
