@@ -29,13 +29,14 @@ def problems_of(nodes: Sequence[str], reports: Sequence[Report], said: Mapping[s
 
     Args:
         nodes: names of all nodes of the job.
-        reports: of those that reported.
+        reports: of those that reported, as they came.
         said: the last words on stderr of each node that said something; for those without a report.
 
     Returns:
         One or more problems of each node that cannot take part, in the order of `nodes`.
     """
     by_node = {report.node: report for report in reports}
+    reports = [by_node[node] for node in nodes if node in by_node]
     versions = _common_versions(reports)
     clocks = [report.clock_ahead_seconds for report in reports if report.clock_ahead_seconds is not None]
     clock = median_low(clocks) if clocks else 0.0

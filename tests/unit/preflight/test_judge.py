@@ -41,6 +41,7 @@ def test_the_odd_one_is_named_whichever_it_is(odd):
 def test_of_two_nodes_the_second_is_the_odd_one():
     reports = [ALIKE[0], replace(ALIKE[1], versions={**VERSIONS, "torch": "2.9.1"})]
     assert said(reports, nodes=NODES[:2])[0].startswith("n1: torch is 2.9.1")
+    assert said(reports[::-1], nodes=NODES[:2]) == said(reports, nodes=NODES[:2]), "whichever came first"
 
 
 @pytest.mark.parametrize("seconds", [MAX_SKEW_SECONDS + 1, -MAX_SKEW_SECONDS - 1])
