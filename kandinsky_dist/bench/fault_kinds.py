@@ -2,34 +2,18 @@
 
 import json
 import random
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kandinsky_dist.errors import ConfigError, KandinskyError
+from kandinsky_dist.errors import KandinskyError
 from kandinsky_dist.faults.fence import read_owner
 from kandinsky_dist.faults.heartbeat import Beat, read_beats, start_folder
 from kandinsky_dist.telemetry.sinks import read_metrics
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 LOOK_SECONDS = 0.1
-
-
-def on_this_host(command: Sequence[str]) -> str:
-    """Runs a command of Slurm here.
-
-    Raises:
-        ConfigError: there is no such command, or it refuses.
-    """
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except FileNotFoundError as error:
-        raise ConfigError(f"{command[0]} is not here: run this where jobs are submitted") from error
-    except subprocess.CalledProcessError as error:
-        said = " ".join((error.stderr or error.stdout).split())
-        raise ConfigError(f"{' '.join(command[:3])}: {said}") from error
 
 
 class Job:

@@ -5,6 +5,7 @@ must come back by itself. When the run has ended, its losses and samples are com
 run in one process that nothing happened to.
 """
 
+import os
 import random
 import subprocess
 import sys
@@ -19,11 +20,11 @@ from kandinsky_dist.bench.fault_kinds import ENDED, Fault, Job
 from kandinsky_dist.bench.faults_report import to_markdown
 from kandinsky_dist.bench.record import Record
 from kandinsky_dist.errors import ConfigError, KandinskyError
+from kandinsky_dist.submit.checkout import find_checkout
 from kandinsky_dist.telemetry.sinks import read_metrics
 
 STRETCH_STEPS = 20
 """Steps of the run for each fault, and before and after all of them."""
-CHECKOUT = Path(__file__).resolve().parents[2]
 EVERY_STEPS = 5
 """Between two checkpoints."""
 
@@ -93,8 +94,9 @@ def run(
             f"--nodes={request.num_nodes}",
             f"--gpus-per-node={request.ranks_per_node}",
             f"--output={output}",
+            f"--export=ALL,KANDINSKY_CONFIG={request.config}",
             *request.options,
-            str(CHECKOUT / "slurm" / f"{request.stage}.sbatch"),
+            str(find_checkout(os.environ) / "slurm" / f"{request.stage}.sbatch"),
             *words,
             f"--run.dir={run_dir}",
             f"--parallel.strategy={request.strategy}",
@@ -111,7 +113,8 @@ def run(
         device=device,
         command=(
             f"kandinsky-dist bench faults OUT --stage {request.stage} --config {request.config} "
-            f"--nodes {request.num_nodes} --gpus-per-node {request.ranks_per_node} --seed {seed}"
+            f"--nodes {request.num_nodes} --gpus-per-node {request.ranks_per_node} "
+            f"--strategy {request.strategy} --seed {seed}"
         ),
         setting={
             "stage": request.stage,

@@ -12,10 +12,11 @@ def add_faults(commands: Any) -> None:
     """Adds `bench faults`."""
 
     def run(arguments: argparse.Namespace) -> None:
-        from kandinsky_dist.bench.fault_kinds import ANYWHERE, on_this_host
+        from kandinsky_dist.bench.fault_kinds import ANYWHERE
         from kandinsky_dist.bench.faults import Request
         from kandinsky_dist.bench.faults import run as measure
         from kandinsky_dist.bench.faults_report import to_markdown
+        from kandinsky_dist.runtime.slurm import run_slurm
 
         request = Request(
             stage=arguments.stage,
@@ -30,7 +31,7 @@ def add_faults(commands: Any) -> None:
             arguments.out.absolute(),
             request,
             ANYWHERE,
-            call=on_this_host,
+            call=run_slurm,
             device=f"{arguments.nodes} nodes of a Slurm cluster",
             seed=arguments.seed,
             patience=arguments.patience_seconds,

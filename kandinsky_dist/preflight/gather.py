@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kandinsky_dist.config.schema import Config
-from kandinsky_dist.errors import ConfigError
 from kandinsky_dist.preflight.node import Report, examine
+from kandinsky_dist.runtime.slurm import run_slurm
 
 _LABELLED = re.compile(r"^\s*(\d+): ?(.*)$")
 
@@ -33,7 +33,7 @@ def gather(config: Config, words: Sequence[str], environ: Mapping[str, str], *, 
     if "SLURM_JOB_NUM_NODES" not in environ:
         report = examine(config, environ)
         return Gathered((report.node,), (report,), {})
-    nodes = _run(["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]], 60).split()
+    nodes = run_slurm(["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]], timeout=60).split()
     task = ["srun", "--label", "--ntasks-per-node=1", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}"]
     task += ["--kill-on-bad-exit=0", "--wait=0", "--overlap"]
     task += [sys.executable, "-m", "kandinsky_dist", "preflight", *words, "--this-node"]
@@ -52,10 +52,3 @@ def gather(config: Config, words: Sequence[str], environ: Mapping[str, str], *, 
 def _labelled(text: str) -> list[tuple[int, str]]:
     matches = (_LABELLED.match(line) for line in text.splitlines())
     return [(int(match[1]), match[2]) for match in matches if match]
-
-
-def _run(command: Sequence[str], timeout: float) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=timeout).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"{command[0]} does not work here: {error}; run inside the job") from error

@@ -85,7 +85,7 @@ def test_it_comes_back_from_everything(four_nodes, repository, tiny_models, smal
         "watchdog.step_seconds": 30,
         "watchdog.heartbeat_seconds": 2,
     }
-    environment = {"KANDINSKY_CONFIG": "prior_tiny", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    environment = {"VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
 
     def call(command):
         return four_nodes.run(command, env={**environment, "KANDINSKY_REQUEUES": "20"}, cwd=repository)

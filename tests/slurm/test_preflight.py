@@ -1,6 +1,7 @@
 """A node that cannot take part is named before the first step, and no step is made."""
 
 import importlib.metadata
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,18 @@ pytestmark = pytest.mark.slurm
 @pytest.fixture(scope="module")
 def jobs(cluster, repository, tiny_models, small_corpus):
     return Jobs(cluster, repository, tiny_models, small_corpus)
+
+
+@contextmanager
+def laid_over(jobs, source, target, *options):
+    """On n1 alone, `source` is seen in place of `target`."""
+    jobs.cluster.on_host("n1", ["mount", "--bind", str(source), str(target)])
+    try:
+        if options:
+            jobs.cluster.on_host("n1", ["mount", "-o", ",".join(("remount", "bind", *options)), str(target)])
+        yield
+    finally:
+        jobs.cluster.on_host("n1", ["umount", str(target)])
 
 
 def ended(jobs, run_dir, code):
@@ -31,23 +44,16 @@ def test_a_node_with_another_version_is_named(jobs, tmp_path):
     metadata = next(path for path in package.files or () if path.name == "METADATA").locate()
     other = tmp_path / "METADATA"
     other.write_text(Path(metadata).read_text().replace(f"Version: {package.version}", "Version: 0.0.1"))
-    jobs.cluster.on_host("n1", ["mount", "--bind", str(other), str(metadata)])
-    try:
+    with laid_over(jobs, other, metadata):
         said = ended(jobs, tmp_path / "run", 78)
-    finally:
-        jobs.cluster.on_host("n1", ["umount", str(metadata)])
     assert f"n1: webdataset is 0.0.1, on the other nodes {package.version}; install the same one" in said
 
 
 def test_a_node_that_cannot_write_the_run_folder_is_named(jobs, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    jobs.cluster.on_host("n1", ["mount", "--bind", str(folder), str(folder)])
-    jobs.cluster.on_host("n1", ["mount", "-o", "remount,ro,bind", str(folder)])
-    try:
+    with laid_over(jobs, folder, folder, "ro"):
         said = ended(jobs, folder, 78)
-    finally:
-        jobs.cluster.on_host("n1", ["umount", str(folder)])
     assert f"n1: run.dir={folder} cannot be written: Read-only file system" in said
 
 
@@ -56,11 +62,8 @@ def test_a_node_that_misses_a_shard_is_named(jobs, small_corpus, tmp_path):
     shard = sorted((small_corpus / "train").glob("*.tar"))[1]
     empty = tmp_path / "empty"
     empty.write_bytes(b"")
-    jobs.cluster.on_host("n1", ["mount", "--bind", str(empty), str(shard)])
-    try:
+    with laid_over(jobs, empty, shard):
         said = ended(jobs, tmp_path / "run", 65)
-    finally:
-        jobs.cluster.on_host("n1", ["umount", str(shard)])
     assert f"n1: {shard} has 0 bytes" in said
 
 
@@ -68,9 +71,6 @@ def test_a_node_that_cannot_start_at_all_is_named(jobs, tiny_models, tmp_path):
     """Its file system lacks the models; the others' do not."""
     empty = tmp_path / "nothing"
     empty.mkdir()
-    jobs.cluster.on_host("n1", ["mount", "--bind", str(empty), str(tiny_models / "prior")])
-    try:
+    with laid_over(jobs, empty, tiny_models / "prior"):
         said = ended(jobs, tmp_path / "run", 78)
-    finally:
-        jobs.cluster.on_host("n1", ["umount", str(tiny_models / "prior")])
     assert "n1: model.prior=" in said
