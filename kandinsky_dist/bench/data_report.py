@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kandinsky_dist.bench.data_contenders import BARE_PREAD, OURS, USUAL_LOOP
+from kandinsky_dist.bench.data_contenders import BARE_PREAD, BARE_PREAD_HELD, OURS, USUAL_LOOP
 from kandinsky_dist.bench.data_rivals import WEBDATASET
 from kandinsky_dist.bench.record import Record
 from kandinsky_dist.bench.render import Column, provenance, table
@@ -65,6 +65,7 @@ def _ratios(form: str, rows: list[dict[str, Any]]) -> list[str]:
     comparisons: dict[str, list[tuple[str, str, int | None, str]]] = {
         "cached": [
             ("the bare reads of the same bytes", sealed, None, BARE_PREAD),
+            ("the bare reads, a batch held while the next is read", sealed, None, BARE_PREAD_HELD),
             ("webdataset with decoding, each at its best", sealed, None, WEBDATASET),
             ("webdataset on our shards, undecoded", sealed, None, f"{WEBDATASET}, our shards"),
             ("mosaicml-streaming, each at its best", sealed, None, "mosaicml-streaming"),

@@ -163,6 +163,7 @@ class CachedRows:
             raise SampleError(size_problem(name, size, self._layout))
         sheet = Sheet(self._layout, np.array([num_rows]))
         sheet.fill([record])
+        sheet.add_up(0, 1)
         if sheet.broken_seals():
             raise SampleError(seal_problem(name))
         self._keys[row], self._records[row] = sample.key, record

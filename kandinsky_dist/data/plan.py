@@ -121,10 +121,7 @@ class Plan:
         lane_ends = lane_starts + share + (lanes < num_longer)
         lengths = np.minimum(self.window_samples, lane_ends - window_starts)
         starts, first, group = np.unique(window_starts, return_index=True, return_inverse=True)
-        orders = [
-            self._window(epoch, start, length)
-            for start, length in zip(starts.tolist(), lengths[first].tolist(), strict=True)
-        ]
+        orders = self._shuffled(epoch, starts, lengths[first])
         order_starts = np.cumsum([0, *(len(order) for order in orders[:-1])])
         return window_starts + np.concatenate(orders)[order_starts[group] + inside]
 
@@ -145,24 +142,41 @@ class Plan:
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
             num_chunks = int(self._chunk_ends[-1])
-            chunks = self._permutation(Stream.CHUNK_ORDER, epoch * num_chunks, num_chunks)
-            lengths = self._chunk_places(chunks)[2]
-            self._epochs[epoch] = _Epoch(chunks, np.cumsum(lengths))
-        return _recently_used(self._epochs, epoch, NUM_CACHED_EPOCHS)
+            first_counter = np.array([epoch * num_chunks])
+            (chunks,) = self._permutations(Stream.CHUNK_ORDER, first_counter, num_chunks)
+            self._epochs[epoch] = _Epoch(chunks, np.cumsum(self._chunk_places(chunks)[2]))
+            if len(self._epochs) > NUM_CACHED_EPOCHS:
+                self._epochs.popitem(last=False)
+        self._epochs.move_to_end(epoch)
+        return self._epochs[epoch]
 
-    def _window(self, epoch: int, start: int, length: int) -> npt.NDArray[np.integer]:
-        key = (epoch, start)
-        if key not in self._windows:
-            first = epoch * self.num_samples + start
-            self._windows[key] = self._permutation(Stream.WINDOW_ORDER, first, length)
-        # Every lane has one window in use, and for a while the next one too.
-        return _recently_used(self._windows, key, 2 * self.num_lanes)
+    def _shuffled(self, epoch: int, starts: Int64s, lengths: Int64s) -> list[npt.NDArray[np.integer]]:
+        """The order inside some windows, given their first slots and lengths."""
+        keys = [(epoch, start) for start in starts.tolist()]
+        new = np.array([key not in self._windows for key in keys])
+        for length in np.unique(lengths[new]).tolist():
+            alike = np.flatnonzero(new & (lengths == length))
+            for some in np.split(alike, range(self.num_lanes, len(alike), self.num_lanes)):
+                first_counters = epoch * self.num_samples + starts[some]
+                orders = self._permutations(Stream.WINDOW_ORDER, first_counters, length)
+                self._windows.update(
+                    (keys[window], order.copy()) for window, order in zip(some, orders, strict=True)
+                )
+        for key in keys:
+            self._windows.move_to_end(key)
+        found = [self._windows[key] for key in keys]
+        while len(self._windows) > 2 * self.num_lanes:  # each has one in use, and soon the next one
+            self._windows.popitem(last=False)
+        return found
 
-    def _permutation(self, stream: Stream, first_counter: int, length: int) -> npt.NDArray[np.integer]:
-        """Random order of 0..length-1. Counters never repeat, and distinct counters have distinct hashes."""
-        counters = np.arange(length, dtype=np.uint64) + np.uint64(first_counter)
-        order = np.argsort(hash_counters(self.seed, stream, counters))
-        return order.astype(np.int32 if length < 2**31 else np.int64)
+    def _permutations(self, stream: Stream, first_counters: Int64s, length: int) -> npt.NDArray[np.integer]:
+        """Random orders of 0..length-1, a row for each counter, of which `length` are used from there on.
+
+        Counters never repeat, and distinct counters have distinct hashes.
+        """
+        counters = first_counters[:, None] + np.arange(length)
+        orders = np.argsort(hash_counters(self.seed, stream, counters), axis=1)
+        return orders.astype(np.int32 if length < 2**31 else np.int64)
 
     def _forget(self) -> None:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
@@ -175,10 +189,3 @@ class Plan:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
-
-
-def _recently_used(cache: OrderedDict[Any, Any], key: Any, capacity: int) -> Any:
-    cache.move_to_end(key)
-    if len(cache) > capacity:
-        cache.popitem(last=False)
-    return cache[key]

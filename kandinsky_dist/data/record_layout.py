@@ -7,9 +7,10 @@ Letters of shapes: B samples, L rows, D their width, W 8-byte words.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 Int64s = npt.NDArray[np.int64]
+Uint8s = npt.NDArray[np.uint8]
 Uint64s = npt.NDArray[np.uint64]
 
 WORD_BYTES = 8
@@ -81,7 +83,7 @@ class RecordLayout:
                 assert num_rows is not None
                 parts.append(_words(tensors[self.rows[0]][sample, : num_rows[sample]][None])[0])
             words_W = np.concatenate(parts)
-            found.append(words_W.tobytes() + seals([words_W[None]]).tobytes())
+            found.append(words_W.tobytes() + seals([words_W[None].sum(1)]).tobytes())
         return found
 
 
@@ -111,44 +113,44 @@ class Sheet:
     def __len__(self) -> int:
         return len(self.num_rows_B)
 
-    def buffers(self) -> Iterator[tuple[memoryview, ...]]:
-        """Of each sample, the pieces of memory that the bytes of its record go to, one after the other."""
-        layout, num = self.layout, len(self)
-        columns = [
-            _pieces(_bytes(self.tensors[name]), size)
-            for name, size in zip(layout.shapes, layout.part_bytes, strict=True)
-        ]
-        if layout.rows:
-            rows = _bytes(self.tensors[layout.rows[0]])
-            stride, width = len(rows) // max(1, num), layout.row_bytes
-            columns.append(
-                [
-                    rows[sample * stride : sample * stride + num_rows * width]
-                    for sample, num_rows in enumerate(self.num_rows_B.tolist())
-                ]
-            )
-        columns.append(_pieces(_bytes(self.seals_B.view(np.uint8)), WORD_BYTES))
-        return zip(*columns, strict=True)
+    def buffers(self) -> list[tuple[Any, ...]]:
+        """Of each sample, the pieces of memory (uint8) that its record's bytes go to, one after the other."""
+        # Arrays, not memoryviews: Python's garbage collector does not look at arrays.
+        columns: list[Iterable[Uint8s]] = [_bytes(self.tensors[name]) for name in self.layout.shapes]
+        if self.layout.rows:
+            name = self.layout.rows[0]
+            ends = (self.num_rows_B * self.layout.row_bytes).tolist()
+            columns.append(row[:end] for row, end in zip(_bytes(self.tensors[name]), ends, strict=True))
+        columns.append(self.seals_B.view(np.uint8).reshape(-1, WORD_BYTES))
+        return list(zip(*columns, strict=True))
 
     def fill(self, records: Sequence[bytes]) -> None:
         """Takes each sample's record, which is of the length that the sheet was made for."""
         for record, buffers in zip(records, self.buffers(), strict=True):
             start = 0
             for buffer in buffers:
-                buffer[:] = record[start : start + len(buffer)]
+                buffer[:] = np.frombuffer(record, np.uint8, len(buffer), start)
                 start += len(buffer)
 
-    def broken_seals(self, start: int = 0, end: int | None = None) -> list[int]:
-        """Of samples `start` to before `end`, those whose bytes are not those that were sealed.
+    def add_up(self, start: int, end: int) -> None:
+        """Takes the sums of samples `start` to before `end`, best while they are still in a core's cache."""
+        for words_BW, sums_B in zip(self._words, self._sums, strict=True):
+            np.add.reduce(words_BW[start:end], 1, out=sums_B[start:end])
+
+    def broken_seals(self) -> list[int]:
+        """Samples that have been added up whose bytes are not those that were sealed.
 
         Zeros behind the rows change no seal.
         """
-        total_B = seals([words_BW[start:end] for words_BW in self._words])
-        return (start + np.flatnonzero(total_B != self.seals_B[start:end])).tolist()
+        return np.flatnonzero(seals(self._sums) != self.seals_B).tolist()
 
     @cached_property
     def _words(self) -> list[Uint64s]:
         return [_words(tensor) for tensor in self.tensors.values()]
+
+    @cached_property
+    def _sums(self) -> list[Uint64s]:
+        return [np.empty(len(self), np.uint64) for _ in self.tensors]
 
     def put(self, sample: int, other: "Sheet") -> None:
         """Takes the first record of another sheet for a sample, however many rows it has."""
@@ -165,26 +167,20 @@ class Sheet:
         self.num_rows_B[sample], self.seals_B[sample] = num_rows, other.seals_B[0]
 
 
-def seals(words: Sequence[Uint64s]) -> Uint64s:
-    """The last word of records, given the others (B, W) of each part: a constant and their sum mod 2^64."""
-    total_B = np.full(len(words[0]), _SEAL_OF_NOTHING)
-    for part_BW in words:
-        total_B += part_BW.sum(1, dtype=np.uint64)
+def seals(sums: Sequence[Uint64s]) -> Uint64s:
+    """The last word of records, given sums (B,) of each part's words: a constant and their sum mod 2^64."""
+    total_B = np.full(len(sums[0]), _SEAL_OF_NOTHING)
+    for sums_B in sums:
+        total_B += sums_B
     return total_B
 
 
 def _words(tensor: Tensor) -> Uint64s:
     """The bytes of each sample as 8-byte words (B, W)."""
-    array = tensor.contiguous().view(torch.uint8).numpy()
-    return array.reshape(len(array), math.prod(array.shape[1:])).view(np.uint64)  # of no rows too
+    return _bytes(tensor.contiguous()).view(np.uint64)
 
 
-def _pieces(content: memoryview, size: int) -> list[memoryview]:
-    """Cut into equal pieces."""
-    return [content[start : start + size] for start in range(0, len(content), size)]
-
-
-def _bytes(content: Tensor | npt.NDArray[np.uint8]) -> memoryview:
-    """Memory of a tensor, byte by byte."""
-    array = content if isinstance(content, np.ndarray) else content.view(torch.uint8).numpy()
-    return array.reshape(-1).data
+def _bytes(tensor: Tensor) -> Uint8s:
+    """Memory of each sample (B, bytes)."""
+    array = tensor.view(torch.uint8).numpy()
+    return array.reshape(len(array), math.prod(array.shape[1:]))  # of no rows too

@@ -17,8 +17,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -203,35 +202,31 @@ class RecordReader:
         odd = np.flatnonzero(num_rows_B < 0).tolist()
         sheet = Sheet(layout, np.maximum(num_rows_B, 0), pin_memory=pin_memory)
         failures = {row: size_problem(slots.name(row), int(slots.sizes_B[row]), layout) for row in odd}
-        preadv, damaged = os.preadv, list[int]()
-        jobs = zip(
-            range(len(slots)),
-            sheet.buffers(),
-            slots.descriptors(),
-            slots.offsets_B.tolist(),
-            slots.sizes_B.tolist(),
-            strict=True,
-        )
+        buffers, descriptors = sheet.buffers(), slots.descriptors()
+        offsets = np.maximum(slots.offsets_B, 0).tolist()  # of what is missing too, and then not used
+        found, damaged = list[int](), list[int]()
         block = max(1, CHECKED_AT_ONCE_BYTES // layout.record_bytes(layout.max_rows))
-        try:
-            for start in range(0, len(slots), block):
-                # What is in this loop is done for each sample.
-                for row, buffers, descriptor, offset, size in islice(jobs, block):
-                    if row in failures:
-                        continue
-                    if preadv(descriptor, buffers, offset) != size:
-                        _read_again(slots, row, buffers, failures)
-                if self._check == "seal":
-                    damaged += sheet.broken_seals(start, start + block)
-        except OSError as error:
-            path = slots.shard(row).path
-            raise DataError(f"{path}: cannot be read at byte {offset}: {error.strerror}") from error
+        for start in range(0, len(slots), block):
+            some = slice(start, start + block)
+            try:
+                found.extend(map(os.preadv, descriptors[some], buffers[some], offsets[some]))
+                for row in (start + np.flatnonzero(found[some] != slots.sizes_B[some])).tolist():
+                    if row not in failures:
+                        _read_again(slots, row, buffers[row], failures)
+            except OSError as error:
+                row = min(len(found), len(slots) - 1)
+                path, offset = slots.shard(row).path, offsets[row]
+                raise DataError(f"{path}: cannot be read at byte {offset}: {error.strerror}") from error
+            if self._check == "seal":
+                sheet.add_up(start, min(start + block, len(slots)))
+        if self._check == "seal":
+            damaged += sheet.broken_seals()
         if self._check == "crc32":
-            known = zip(sheet.buffers(), slots.checksums_B.tolist(), strict=True)
+            known = zip(buffers, slots.checksums_B.tolist(), strict=True)
             damaged += [
                 row
-                for row, (buffers, checksum) in enumerate(known)
-                if checksum >= 0 and _crc32(buffers) != checksum
+                for row, (pieces, checksum) in enumerate(known)
+                if checksum >= 0 and _crc32(pieces) != checksum
             ]
         for row in damaged:
             failures.setdefault(row, seal_problem(slots.name(row)))
@@ -254,11 +249,11 @@ def seal_problem(sample: str) -> str:
     return f"{sample}: .{RECORD_EXTENSION} is not what was written: bytes changed"
 
 
-def _read_again(slots: Slots, row: int, buffers: Sequence[memoryview], failures: dict[int, str]) -> None:
+def _read_again(slots: Slots, row: int, buffers: Iterable[Any], failures: dict[int, str]) -> None:
     """A read may give less than was asked for; only at the end of the file does it give nothing."""
     descriptor, offset = slots.shard(row).descriptor, int(slots.offsets_B[row])
     for buffer in buffers:
-        while buffer:
+        while len(buffer):
             num = os.preadv(descriptor, (buffer,), offset)
             if num == 0:
                 failures[row] = f"{slots.name(row)}: the file ends before the sample does"
@@ -266,7 +261,7 @@ def _read_again(slots: Slots, row: int, buffers: Sequence[memoryview], failures:
             buffer, offset = buffer[num:], offset + num
 
 
-def _crc32(buffers: Iterable[memoryview]) -> int:
+def _crc32(buffers: Iterable[Any]) -> int:
     checksum = 0
     for buffer in buffers:
         checksum = zlib.crc32(buffer, checksum)
