@@ -14,6 +14,8 @@ from kandinsky_dist.telemetry.sinks import read_metrics
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 LOOK_SECONDS = 0.1
+LATE_STEPS = 80
+"""Of a tiny network, in the half-minute after which Slurm notices a lower limit."""
 
 
 class Job:
@@ -118,12 +120,14 @@ class Fault:
         strike: does it.
         heal: takes it back once it has been noticed, where it does not go away by itself.
         restarts: whether the run must be started again; else it goes on in the same processes.
+        late_steps: that the run may make before it strikes.
     """
 
     name: str
     strike: Callable[[Job, random.Random], None]
     heal: Callable[[Job], None] | None = None
     restarts: bool = True
+    late_steps: int = 0
 
 
 def kill_rank(job: Job, dice: random.Random) -> None:
@@ -182,12 +186,14 @@ def _signal_rank(job: Job, dice: random.Random, word: str) -> None:
     job.on_node(beat.host, ["kill", word, str(beat.pid)])
 
 
+TIME_LIMIT = Fault("time limit", end_time, heal=give_time, late_steps=LATE_STEPS)
+"""For the end of a campaign: Slurm looks every 30 seconds only, and the run goes on until it does."""
 ANYWHERE = (
     Fault("SIGKILL of a rank", kill_rank),
     Fault("SIGKILL of a rank's data workers", kill_worker, restarts=False),
     Fault("SIGSTOP of a rank", stop_rank),
     Fault("USR1 to the batch shell", ask_to_stop),
-    Fault("time limit", end_time, heal=give_time),
     Fault("scontrol requeue", requeue),
+    TIME_LIMIT,
 )
 """Faults that Slurm alone can bring about, on any cluster."""

@@ -79,7 +79,7 @@ def run(
     if run_dir.exists() or output.exists():
         raise ConfigError(f"{out} has the run of an earlier campaign; give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    length = (len(faults) + 2) * STRETCH_STEPS
+    length = (len(faults) + 2) * STRETCH_STEPS + sum(fault.late_steps for fault in faults)
     words = [
         *request.settings,
         f"--run.max_steps={length}",

@@ -30,6 +30,10 @@ def records_below(folder: Path, case: str) -> list[Record]:
     return [Record.load(path) for path in paths if json.loads(path.read_text("utf-8")).get("case") == case]
 
 
+PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""Of a row, as torch calls its type -> as settings do."""
+
+
 def measured_rows(scaling: Iterable[Record], comm: Sequence[Record]) -> list[Row]:
     """Rows of a record of `estimate`: every measured step of more than one rank, and its prediction.
 
@@ -97,7 +101,7 @@ def _seconds(record: Record, row: Row, alone: Row, links: Links) -> float:
     num_micro_alone = alone["global_batch_size"] // alone["micro_batch_size"]
     time = step_time(
         ParallelConfig(strategy=strategy),
-        traffic(row["stage"], record.setting["size"], row.get("precision", "fp32")),
+        traffic(row["stage"], record.setting["size"], PRECISIONS[row["precision"]]),
         links,
         num_ranks=num_ranks,
         ranks_per_node=num_ranks,

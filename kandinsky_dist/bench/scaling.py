@@ -4,6 +4,7 @@ Weak: each rank has the same micro-batch, the global batch grows. Strong: the gl
 its micro-batches. All numbers of ranks of one strategy take turns.
 """
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from kandinsky_dist.bench import scaling_report, train_picture
+from kandinsky_dist.bench.ranks import environment, machine_settings
 from kandinsky_dist.bench.record import Record
 from kandinsky_dist.bench.train import Inputs, checked, make_inputs, save
 from kandinsky_dist.bench.train_case import Case
@@ -64,14 +66,15 @@ def run(
         for mode in modes
     ]
     groups = [checked(group, out, inputs) for group in groups]
-    rows = [row for group in groups for row in measure(group, plan, out)]
+    with environment(machine_settings(ranks[-1])):  # a rank alone has no more cores than one of many
+        rows = [row for group in groups for row in measure(group, plan, out)]
     words = [
         f"--size {inputs.size} --stage {' '.join(stages)} --strategy {' '.join(strategies)}",
         f"--mode {' '.join(modes)} --ranks {' '.join(map(str, ranks))}",
     ]
     setting = {
         "world_size": ranks[-1],
-        "shares_cores": device == "cpu",
+        "shares_cores": device == "cpu" and ranks[-1] > (os.cpu_count() or 1),
         "seconds": time.monotonic() - begin,
     }
     return save(

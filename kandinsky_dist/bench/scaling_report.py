@@ -10,11 +10,12 @@ from kandinsky_dist.bench.train_report import DASH, Row, count, exposed_seconds,
 from kandinsky_dist.optional import require
 
 OWN_DEVICES = """
-Every rank has a GPU of its own: **efficiency** is the rate over that of {fewest} times the ratio of ranks.
+Every rank has a GPU, or without GPUs as many cores, of its own: **efficiency** is the rate over that of
+{fewest} times the ratio of ranks.
 """
 SHARED_CORES = """
-All ranks share the cores of one CPU, which a single rank uses all of: more ranks cannot be faster here, and
-**efficiency** is the rate over that of {fewest}. It shows what dividing the work costs, not how it scales.
+There are more ranks than cores, and they share them: more ranks cannot be faster here, and **efficiency** is
+the rate over that of {fewest}. It shows what dividing the work costs, not how it scales.
 """
 READING = """\
 - **weak**: each rank has the same micro-batch, the global batch grows with the ranks. **strong**: the global

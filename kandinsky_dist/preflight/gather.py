@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kandinsky_dist.config.schema import Config
+from kandinsky_dist.preflight.network import DEFAULT_PORT, Links
 from kandinsky_dist.preflight.node import Report, examine
 from kandinsky_dist.runtime.slurm import run_slurm
 
@@ -33,20 +34,42 @@ def gather(config: Config, words: Sequence[str], environ: Mapping[str, str], *, 
     if "SLURM_JOB_NUM_NODES" not in environ:
         report = examine(config, environ)
         return Gathered((report.node,), (report,), {})
-    nodes = run_slurm(["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]], timeout=60).split()
+    nodes = tuple(
+        run_slurm(["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]], timeout=60).split()
+    )
+    lines, said = _ask(nodes, [*words, "--this-node"], environ, patience)
+    reports = map(Report.of_line, lines)
+    return Gathered(nodes, tuple(report for report in reports if report is not None), said)
+
+
+def gather_links(
+    nodes: tuple[str, ...], words: Sequence[str], environ: Mapping[str, str], *, patience: float
+) -> tuple[Links, ...]:
+    """What the nodes, all of which reported, measure between each other; see `gather`."""
+    meeting = environ.get("RENDEZVOUS", f"{nodes[0]}:{DEFAULT_PORT}")
+    lines, _ = _ask(nodes, [*words, "--links"], {**environ, "RENDEZVOUS": meeting}, patience)
+    found = map(Links.of_line, lines)
+    return tuple(links for links in found if links is not None)
+
+
+def _ask(
+    nodes: tuple[str, ...], words: Sequence[str], environ: Mapping[str, str], patience: float
+) -> tuple[list[str], dict[str, str]]:
+    """Lines that `kandinsky-dist preflight` prints on the nodes, and the last words on stderr of each."""
     task = ["srun", "--label", "--ntasks-per-node=1", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}"]
     task += ["--kill-on-bad-exit=0", "--wait=0", "--overlap"]
-    task += [sys.executable, "-m", "kandinsky_dist", "preflight", *words, "--this-node"]
-    process = subprocess.Popen(task, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    task += [sys.executable, "-m", "kandinsky_dist", "preflight", *words]
+    process = subprocess.Popen(
+        task, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(environ)
+    )
     try:
         out, err = process.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()
-    reports = [Report.of_line(text) for _, text in _labelled(out)]
     # Without other orders srun numbers tasks in the order of the nodes.
     said = {nodes[task]: text for task, text in _labelled(err) if task < len(nodes) and text.strip()}
-    return Gathered(tuple(nodes), tuple(report for report in reports if report is not None), said)
+    return [text for _, text in _labelled(out)], said
 
 
 def _labelled(text: str) -> list[tuple[int, str]]:

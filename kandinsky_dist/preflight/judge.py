@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median_low
 
 from kandinsky_dist.errors import ConfigError
+from kandinsky_dist.preflight.network import Links
 from kandinsky_dist.preflight.node import Report
 
 MAX_SKEW_SECONDS = 30.0
@@ -51,6 +52,30 @@ def problems_of(nodes: Sequence[str], reports: Sequence[Report], said: Mapping[s
         found += [Problem(node, text, exit_code) for text, exit_code in report.problems]
         found += [Problem(node, text) for text in _differences(report, versions, gpus, clock)]
     return found
+
+
+def slow_links(nodes: Sequence[str], links: Sequence[Links], floor: float) -> list[Problem]:
+    """Whoever keeps the all-reduce below a floor in GB/s; an empty list where nobody does."""
+    missing = [node for node in nodes if node not in {link.node for link in links}]
+    if missing:
+        text = "did not measure its network within the patience; see its log, or leave it out with --exclude"
+        return [Problem(node, text) for node in missing]
+    reached = min(link.all_reduce for link in links)
+    if reached >= floor:
+        return []
+    rule = f"KANDINSKY_MIN_GB_S={floor:g}"
+    remedy = "repair its link, or leave it out with --exclude"
+    slow = [
+        Problem(link.node, f"exchanges {max(link.pairs):.3g} GB/s at most, {rule}; {remedy}")
+        for link in links
+        if max(link.pairs) < floor
+    ]
+    everywhere = Problem(
+        nodes[0],
+        f"all-reduce over {len(nodes)} nodes reaches {reached:.3g} GB/s, {rule}, though no node is slow with "
+        "its neighbours; look at the switches between them",
+    )
+    return slow or [everywhere]
 
 
 def _differences(

@@ -98,6 +98,24 @@ class AuditLog:
         self._lines.close()
 
 
+def cut_audits(folder: Path, world_size: int, step: int) -> None:
+    """Takes what comes after a step out of the audit logs of ranks that there are no more.
+
+    A killed run continues from before its last step. With fewer ranks nobody would write those steps of the
+    others again, and the samples would be in two ranks' logs.
+    """
+    for path in folder.glob("rank_*.jsonl"):
+        if int(path.stem.removeprefix("rank_")) >= world_size:
+            entries = read_metrics(path)
+            kept = [entry for entry in entries if entry["step"] <= step]
+            if len(kept) < len(entries):
+                text = "".join(json.dumps(entry) + "\n" for entry in kept)
+                part = path.with_suffix(".part")
+                with _naming(part):
+                    part.write_text(text)
+                    part.replace(path)
+
+
 class TensorBoard:
     """Event files, a tag a key, with `entry["step"]` as the step axis."""
 

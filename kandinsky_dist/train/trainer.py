@@ -28,7 +28,7 @@ from kandinsky_dist.runtime.process import Process
 from kandinsky_dist.telemetry.meter import Meter
 from kandinsky_dist.telemetry.profile import Profiler
 from kandinsky_dist.telemetry.progress import Progress
-from kandinsky_dist.telemetry.sinks import AuditLog, BadSampleLog, Sink, open_sinks
+from kandinsky_dist.telemetry.sinks import AuditLog, BadSampleLog, Sink, cut_audits, open_sinks
 from kandinsky_dist.train import average, build, corpora
 from kandinsky_dist.train.cost import step_cost
 from kandinsky_dist.train.evaluate import evaluate
@@ -104,9 +104,10 @@ class Trainer:
         )
         self.bad_samples = BadSampleLog(self.run_dir / "bad_samples.jsonl") if process.is_first else None
         self.waited_before = 0.0
-        self.audit = (
-            AuditLog(self.run_dir / "audit" / f"rank_{process.rank:05d}.jsonl") if config.data.audit else None
-        )
+        audits = self.run_dir / "audit"
+        if process.is_first:
+            cut_audits(audits, process.world_size, self.state.step)
+        self.audit = AuditLog(audits / f"rank_{process.rank:05d}.jsonl") if config.data.audit else None
 
     def run(self) -> None:
         """Trains to `run.max_steps`.

@@ -71,6 +71,20 @@ def test_world_size_changes_in_the_middle_of_an_epoch(
 
 
 @pytest.mark.long
+def test_fewer_ranks_after_a_kill_leave_no_sample_in_two_audits(tiny_models, small_corpus, tmp_path):
+    """Killed in step 5, before its checkpoint; one of the two ranks makes steps 4 and 5 again alone."""
+    run_dir = tmp_path / "run"
+    places = {"models": tiny_models, "corpus": small_corpus, "run_dir": run_dir}
+    for world_size, num_steps in ((2, 5), (1, 7)):
+        words = (*SETTINGS, f"run.max_steps={num_steps}", "checkpoint.every_steps=3")
+        done = train("prior", *words, **places, world_size=world_size)
+        assert done.returncode == 0, done.stderr
+        if world_size == 2:
+            assert "step_00000005" in checkpoints_of(run_dir)[-1].name
+            shutil.rmtree(checkpoints_of(run_dir)[-1])
+    assert keys(run_dir) == expected_keys(small_corpus / "train", 7)
+
+
 def test_damaged_samples_are_replaced_alike_at_any_world_size(tiny_models, tmp_path):
     """CI trains 40 steps on 400 samples; KANDINSKY_DIST_CAMPAIGN=500 is the whole campaign."""
     corpus = tmp_path / "corpus"

@@ -63,7 +63,8 @@ munged --force --key-file={root}/munge/key --socket={root}/munge/socket --pid-fi
   --log-file={root}/munge/log --seed-file={root}/munge/seed
 exec slurmctld -D -c -f {root}/slurm.conf"""
 _NODE = """ip addr add {address}/24 dev eth0; ip link set eth0 up
-exec slurmd -D -N {name} -f {root}/slurm.conf"""
+slurmd -D -N {name} -f {root}/slurm.conf &
+while true; do wait; sleep 1; done"""  # a node outlives its daemon
 
 _CONF = """ClusterName=test
 SlurmctldHost={head}({head_address})
@@ -278,6 +279,14 @@ class Cluster:
             if stream:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
+
+    def kill_daemon(self, name: str) -> None:
+        """SIGKILL to a node's slurmd; what runs there goes on."""
+        self._inside(name, ["pkill", "-KILL", "--exact", "slurmd"])
+
+    def start_daemon(self, name: str) -> None:
+        """Starts the slurmd of a node that is on."""
+        self._inside(name, ["slurmd", "-N", name, "-f", f"{self.root}/slurm.conf"])
 
     def set_link(self, name: str, *, up: bool) -> None:
         """Plugs in or pulls out a node's network cable."""

@@ -1,6 +1,8 @@
 """A run of several nodes that things happen to, one after the other, and that comes back by itself."""
 
 import os
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -8,10 +10,9 @@ from helpers.command import DEFAULTS
 from jobs import CAMPAIGN, SETTINGS
 
 from kandinsky_dist.bench.fault_kinds import (
+    TIME_LIMIT,
     Fault,
     ask_to_stop,
-    end_time,
-    give_time,
     kill_rank,
     kill_worker,
     move_to,
@@ -26,6 +27,30 @@ SOME = (
     Fault("SIGKILL of a rank", kill_rank),
     Fault("SIGKILL of a rank's data workers", kill_worker, restarts=False),
 )
+
+
+LEFT_BYTES = 200_000
+"""On the full disk: enough for lines of logs, not for a checkpoint."""
+
+
+@pytest.fixture(scope="module")
+def small_disk(slurm_available, tmp_path_factory):
+    """A disk for the run, mounted before the nodes boot, which so have it too."""
+    folder = tmp_path_factory.mktemp("disk")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "none", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(job, _dice):
+    """The disk of the run is full, from one moment to the next."""
+    folder = job.output.parent
+    with (folder / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - LEFT_BYTES)
+
+
+def make_room(job):
+    (job.output.parent / "filler").unlink()
 
 
 def node_faults(cluster):
@@ -50,6 +75,13 @@ def node_faults(cluster):
         job.wait(lambda: job.state != "RUNNING", "be requeued")
         cluster.set_link(chosen[-1], up=True)
 
+    def kill_daemon(job, dice):
+        cluster.kill_daemon(any_node(job, dice))
+
+    def start_daemon(job):
+        job.wait(lambda: job.state != "RUNNING", "be requeued")
+        cluster.start_daemon(chosen[-1])
+
     def preempt(job, _dice):
         job.call(
             ["sbatch", "--partition=high", f"--nodes={cluster.num_nodes}", "--exclusive", "--wrap=sleep 5"]
@@ -58,22 +90,24 @@ def node_faults(cluster):
     return (
         Fault("a node loses its power", power_off, heal=power_on),
         Fault("a node's network is cut", cut, heal=mend),
+        Fault("SIGKILL of a node's slurmd", kill_daemon, heal=start_daemon),
         Fault("preemption", preempt),
     )
 
 
-def test_it_comes_back_from_everything(four_nodes, repository, tiny_models, small_corpus, tmp_path):
+def test_it_comes_back_from_everything(small_disk, four_nodes, repository, tiny_models, small_corpus):
     faults = SOME
     if CAMPAIGN:
         faults = (
             *SOME,
             Fault("SIGSTOP of a rank", stop_rank),
             Fault("USR1 to the batch shell", ask_to_stop),
-            Fault("time limit", end_time, heal=give_time),
             Fault("scontrol requeue", requeue),
             Fault("from 4 nodes to 2", move_to(2)),
             Fault("from 2 nodes to 4", move_to(4)),
+            Fault("the disk is full", fill, heal=make_room),
             *node_faults(four_nodes),
+            TIME_LIMIT,
         )
     settings = {
         **{key: value for key, value in DEFAULTS.items() if not key.startswith(("run.", "checkpoint."))},
@@ -91,7 +125,7 @@ def test_it_comes_back_from_everything(four_nodes, repository, tiny_models, smal
         return four_nodes.run(command, env={**environment, "KANDINSKY_REQUEUES": "20"}, cwd=repository)
 
     record = run(
-        tmp_path / "out",
+        small_disk / "out",
         Request(
             stage="prior",
             config="prior_tiny",

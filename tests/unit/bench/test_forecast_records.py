@@ -43,7 +43,7 @@ def row(num_ranks, seconds, *, strategy="ddp", mode="weak", total=None, **more):
         "world_size": num_ranks,
         "micro_batch_size": 2,
         "global_batch_size": total or 2 * num_ranks,
-        "precision": "fp32",
+        "precision": "float32",
         "step_seconds": seconds,
         "parts": {"optimizer": 0.1},
         "settings": {},
