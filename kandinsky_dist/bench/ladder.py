@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch.cpu import _is_amx_tile_supported, _is_avx512_bf16_supported
+
 from kandinsky_dist.bench.switches import is_there
 from kandinsky_dist.bench.train_case import Case
 from kandinsky_dist.config.loader import Layer, load
@@ -29,6 +31,7 @@ class Rung:
         is_kept: whether the rungs above stand on it; else it is tried once, beside the ladder.
         stages: that it applies to.
         devices: where it is worth a try.
+        needs_bf16: a processor without it takes thirty times as long, and the other cases' turns with it.
         why: what it does, for the page; no figures.
     """
 
@@ -39,6 +42,7 @@ class Rung:
     is_kept: bool = True
     stages: tuple[Stage, ...] = STAGES
     devices: tuple[str, ...] = ("cpu", "cuda")
+    needs_bf16: bool = False
     why: str
 
     def missing(self) -> list[str]:
@@ -46,6 +50,8 @@ class Rung:
         found = [f"{key}={value}" for key, value in self.settings.items() if not _is_known(key, value)]
         if self.brings is not None and not is_there(self.brings):
             found.append(self.brings)
+        if self.needs_bf16 and not (_is_avx512_bf16_supported() or _is_amx_tile_supported()):
+            found.append("bf16 in this processor")
         return found
 
 
@@ -56,8 +62,6 @@ def _is_known(key: str, value: str) -> bool:
         return False
     return True
 
-
-CHANNELS_LAST = "convolutions read their channels from neighbouring memory"
 
 RUNGS = (
     Rung(
@@ -93,23 +97,15 @@ RUNGS = (
         settings={"parallel.precision": "bf16"},
         devices=("cpu",),
         is_kept=False,
-        why="half the bytes; a gain only where the processor multiplies bf16 itself",
+        needs_bf16=True,
+        why="half the bytes, and products of bf16 itself",
     ),
     Rung(
         name="+ channels_last",
         settings={"parallel.channels_last": "true"},
         off={"parallel.channels_last": "false"},
         stages=("decoder",),
-        devices=("cuda",),
-        why=CHANNELS_LAST,
-    ),
-    Rung(
-        name="+ channels_last",
-        settings={"parallel.channels_last": "true"},
-        stages=("decoder",),
-        devices=("cpu",),
-        is_kept=False,
-        why=CHANNELS_LAST,
+        why="convolutions read their channels from neighbouring memory",
     ),
     Rung(
         name="+ compile",

@@ -12,7 +12,7 @@ from kandinsky_dist.models.architectures import Size
 
 PLANS: dict[Size, Plan] = {
     "tiny": Plan(num_warmup=2, num_steps=2, num_repeats=3, num_alive=0),
-    "small": Plan(num_warmup=1, num_steps=2, num_repeats=3, num_alive=0),
+    "small": Plan(num_warmup=1, num_steps=1, num_repeats=3, num_alive=0),
     "full": Plan(num_warmup=4, num_steps=8, num_repeats=3, num_alive=2),
 }
 

@@ -1,8 +1,9 @@
 """The shapes of Kandinsky 2.2 in three sizes, as the configuration files of their networks.
 
 `full` is the published model. `small` keeps every depth and block type and about a sixteenth of the
-parameters. `tiny` keeps the block types, the tokenizer and the eightfold downsampling of the latents, and
-trains at dozens of samples a second on two CPU cores.
+parameters, so that the networks' shares of a step are those of the published ones. `tiny` keeps the block
+types, the tokenizer and the eightfold downsampling of the latents, and trains at dozens of samples a second
+on two CPU cores.
 """
 
 import copy
@@ -203,7 +204,7 @@ _SMALL = Architecture(
         **_CLIP,
         "hidden_size": 416,
         "intermediate_size": 2048,
-        "num_hidden_layers": 12,
+        "num_hidden_layers": 48,
         "num_attention_heads": 4,
         "image_size": 224,
         "patch_size": 14,
@@ -213,7 +214,7 @@ _SMALL = Architecture(
         **_TEXT,
         "hidden_size": 320,
         "intermediate_size": 1280,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 32,
         "num_attention_heads": 5,
         "projection_dim": 320,
     },

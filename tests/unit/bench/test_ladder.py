@@ -124,12 +124,13 @@ def test_common_settings_that_cannot_work_are_no_reason_to_leave_rungs_out():
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_rung_here_works_or_lacks_a_package(stage, device):
+def test_every_rung_here_works_or_lacks_a_package_or_bf16(stage, device):
     cases, left_out = ladder.cases([stage], {stage: COMMON}, device, 1)
     assert len(cases) + len(left_out) == 1 + sum(
         stage in rung.stages and device in rung.devices for rung in ladder.RUNGS
     )
-    assert all("needs the package" in reason for reason in left_out), left_out
+    for reason in left_out:
+        assert "needs the package" in reason or reason.endswith("+ bf16: there is no bf16 in this processor")
 
 
 def test_combinations_are_every_value_with_every_other():
