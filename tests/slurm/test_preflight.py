@@ -1,6 +1,7 @@
 """A node that cannot take part is named before the first step, and no step is made."""
 
 import importlib.metadata
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,3 +75,20 @@ def test_a_node_that_cannot_start_at_all_is_named(jobs, tiny_models, tmp_path):
     with laid_over(jobs, empty, tiny_models / "prior"):
         said = ended(jobs, tmp_path / "run", 78)
     assert "n1: model.prior=" in said
+
+
+def test_nodes_that_reach_each_other_too_slowly_are_named(jobs, tmp_path):
+    """Of two nodes both are slow with all neighbours that they have."""
+    job = jobs.submit("prior", tmp_path, environment={"KANDINSKY_MIN_GB_S": "1000"})
+    jobs.cluster.wait(job, timeout=180)
+    printed = jobs.cluster.output(job)
+    assert jobs.cluster.exit_code(job) == 78, printed
+    assert "step 1/" not in printed
+    lines = [line for line in printed.splitlines() if "preflight" in line]
+    assert [line.split(": ")[2] for line in lines] == ["n0", "n1"], printed
+    assert all("KANDINSKY_MIN_GB_S=1000; repair its link" in line for line in lines)
+
+
+def test_a_network_that_is_fast_enough_is_measured_and_the_run_begins(jobs, tmp_path):
+    job = jobs.submit("prior", tmp_path, "run.max_steps=1", environment={"KANDINSKY_MIN_GB_S": "1e-6"})
+    assert re.search(r"preflight: 2 nodes fit, 0 GPUs, all-reduce at \S+ GB/s", jobs.completed(job))
