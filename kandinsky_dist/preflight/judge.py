@@ -56,7 +56,8 @@ def problems_of(nodes: Sequence[str], reports: Sequence[Report], said: Mapping[s
 
 def slow_links(nodes: Sequence[str], links: Sequence[Links], floor: float) -> list[Problem]:
     """Whoever keeps the all-reduce below a floor in GB/s; an empty list where nobody does."""
-    missing = [node for node in nodes if node not in {link.node for link in links}]
+    by_node = {link.node: link for link in links}
+    missing = [node for node in nodes if node not in by_node]
     if missing:
         text = "did not measure its network within the patience; see its log, or leave it out with --exclude"
         return [Problem(node, text) for node in missing]
@@ -66,9 +67,9 @@ def slow_links(nodes: Sequence[str], links: Sequence[Links], floor: float) -> li
     rule = f"KANDINSKY_MIN_GB_S={floor:g}"
     remedy = "repair its link, or leave it out with --exclude"
     slow = [
-        Problem(link.node, f"exchanges {max(link.pairs):.3g} GB/s at most, {rule}; {remedy}")
-        for link in links
-        if max(link.pairs) < floor
+        Problem(node, f"exchanges {max(by_node[node].pairs):.3g} GB/s at most, {rule}; {remedy}")
+        for node in nodes
+        if max(by_node[node].pairs) < floor
     ]
     everywhere = Problem(
         nodes[0],

@@ -29,6 +29,8 @@ def accelerate(repository, _hostfile):
     """What launch/accelerate/zero2.yaml says, on more machines than it says."""
     words = ["accelerate", "launch", "--config_file", repository / "launch" / "accelerate" / "zero2.yaml"]
     words += ["--num_machines", NUM_NODES, "--num_processes", NUM_NODES * RANKS_PER_NODE]
+    # accelerate's other ways to start a DeepSpeed run on several machines need ssh.
+    words += ["--deepspeed_multinode_launcher", "standard"]
     words += ["--machine_rank", "$SLURM_NODEID", "--main_process_ip", "n0", "--main_process_port", PORT]
     return [*words, "--mixed_precision", "no", "-m", "kandinsky_dist"]
 

@@ -41,6 +41,11 @@ def test_the_node_that_is_slow_with_both_neighbours_is_named():
     assert problem.exit_code == 78
 
 
+def test_slow_nodes_are_named_in_the_order_of_the_nodes():
+    links = [Links(node, 9.0, (10.0, 11.0)) for node in reversed(NODES)]
+    assert [problem.node for problem in slow_links(NODES, links, 39.0)] == list(NODES)
+
+
 def test_where_no_node_is_slow_the_network_between_them_is():
     links = [Links(node, 9.0, (45.0, 44.0)) for node in NODES]
     (problem,) = slow_links(NODES, links, 39.0)
