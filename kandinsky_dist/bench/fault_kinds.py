@@ -14,7 +14,7 @@ from kandinsky_dist.telemetry.sinks import read_metrics
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 LOOK_SECONDS = 0.1
-LATE_STEPS = 400
+LATE_STEPS = 300
 """Of a tiny network, in the half-minute after which Slurm notices a lower limit."""
 
 
