@@ -60,6 +60,7 @@ def run(
     device: str,
     seed: int,
     patience: float = 600.0,
+    command: str = "",
 ) -> Record:
     """Submits the run, lets all faults strike, and compares; writes OUT/faults.json and OUT/faults.md.
 
@@ -70,6 +71,7 @@ def run(
         device: the cluster, in words.
         seed: of steps and ranks.
         patience: seconds that anything may take.
+        command: that makes this record, where it is another than `bench faults`.
 
     Raises:
         ConfigError: OUT/run is there already.
@@ -111,7 +113,8 @@ def run(
     record = Record.now(
         "faults",
         device=device,
-        command=(
+        command=command
+        or (
             f"kandinsky-dist bench faults OUT --stage {request.stage} --config {request.config} "
             f"--nodes {request.num_nodes} --gpus-per-node {request.ranks_per_node} "
             f"--strategy {request.strategy} --seed {seed}"

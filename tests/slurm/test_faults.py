@@ -139,6 +139,7 @@ def test_it_comes_back_from_everything(small_disk, four_nodes, repository, tiny_
         call=call,
         device=f"a test cluster of 4 nodes on one machine of {os.cpu_count()} cores",
         seed=0,
+        command="KANDINSKY_DIST_CAMPAIGN=1 pytest tests/slurm/test_faults.py" if CAMPAIGN else "",
     )
     assert [row["fault"] for row in record.rows] == [fault.name for fault in faults]
     for row in record.rows:
