@@ -70,7 +70,6 @@ def test_world_size_changes_in_the_middle_of_an_epoch(
         assert len(set(epoch)) == len(epoch) == 96
 
 
-@pytest.mark.long
 def test_fewer_ranks_after_a_kill_leave_no_sample_in_two_audits(tiny_models, small_corpus, tmp_path):
     """Killed in step 5, before its checkpoint; one of the two ranks makes steps 4 and 5 again alone."""
     run_dir = tmp_path / "run"
@@ -86,6 +85,7 @@ def test_fewer_ranks_after_a_kill_leave_no_sample_in_two_audits(tiny_models, sma
     assert keys(run_dir) == expected_keys(small_corpus / "train", 7)
 
 
+@pytest.mark.long
 def test_damaged_samples_are_replaced_alike_at_any_world_size(tiny_models, tmp_path):
     """CI trains 40 steps on 400 samples; KANDINSKY_DIST_CAMPAIGN=500 is the whole campaign."""
     corpus = tmp_path / "corpus"
