@@ -35,7 +35,7 @@ NOTHING_YET = """\
 No record is here yet. The commands below make some.
 """
 HOW_TO_RUN = """\
-The whole suite for a machine without a GPU is cut to fit into 8 minutes on 2 idle cores; each record says how
+The whole suite for a machine without a GPU is a matter of minutes on 2 idle cores; each record says how
 long it took:
 
 ```bash

@@ -210,13 +210,11 @@ class RecordReader:
             some = slice(start, start + block)
             try:
                 found.extend(map(os.preadv, descriptors[some], buffers[some], offsets[some]))
-                for row in (start + np.flatnonzero(found[some] != slots.sizes_B[some])).tolist():
-                    if row not in failures:
-                        _read_again(slots, row, buffers[row], failures)
             except OSError as error:
-                row = min(len(found), len(slots) - 1)
-                path, offset = slots.shard(row).path, offsets[row]
-                raise DataError(f"{path}: cannot be read at byte {offset}: {error.strerror}") from error
+                raise _unreadable(slots, len(found), error) from error
+            for row in (start + np.flatnonzero(found[some] != slots.sizes_B[some])).tolist():
+                if row not in failures:
+                    _read_again(slots, row, buffers[row], failures)
             if self._check == "seal":
                 sheet.add_up(start, min(start + block, len(slots)))
         if self._check == "seal":
@@ -254,11 +252,19 @@ def _read_again(slots: Slots, row: int, buffers: Iterable[Any], failures: dict[i
     descriptor, offset = slots.shard(row).descriptor, int(slots.offsets_B[row])
     for buffer in buffers:
         while len(buffer):
-            num = os.preadv(descriptor, (buffer,), offset)
+            try:
+                num = os.preadv(descriptor, (buffer,), offset)
+            except OSError as error:
+                raise _unreadable(slots, row, error) from error
             if num == 0:
                 failures[row] = f"{slots.name(row)}: the file ends before the sample does"
                 return
             buffer, offset = buffer[num:], offset + num
+
+
+def _unreadable(slots: Slots, row: int, error: OSError) -> DataError:
+    offset = int(slots.offsets_B[row])
+    return DataError(f"{slots.shard(row).path}: cannot be read at byte {offset}: {error.strerror}")
 
 
 def _crc32(buffers: Iterable[Any]) -> int:
