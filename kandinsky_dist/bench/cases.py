@@ -9,6 +9,7 @@ from kandinsky_dist.bench import (
     data_report,
     data_resume,
     draws_report,
+    faults_report,
     forecast_report,
     memory_report,
     optimizer,
@@ -30,6 +31,7 @@ REPORTS: dict[str, Callable[[Record], str]] = {
     "optimizer": optimizer.to_markdown,
     "draws": draws_report.to_markdown,
     "estimate": forecast_report.to_markdown,
+    "faults": faults_report.to_markdown,
 }
 
 

@@ -110,6 +110,19 @@ class Job:
             time.sleep(LOOK_SECONDS)
         return time.monotonic()
 
+    def complete(self) -> None:
+        """Waits for its end, while it makes steps.
+
+        Raises:
+            KandinskyError: it did not end well, or made no step within the patience.
+        """
+        while self.state not in ENDED:
+            last = self.num_logged
+            self.wait(lambda last=last: self.num_logged > last or self.state in ENDED, "go on")  # type: ignore[misc]
+        if self.state != "COMPLETED":
+            said = "; ".join(self.printed().splitlines()[-1:])
+            raise KandinskyError(f"job {self.number} ended as {self.state}; it said: {said}")
+
 
 @dataclass(frozen=True)
 class Fault:

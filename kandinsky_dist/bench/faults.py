@@ -2,7 +2,8 @@
 
 A run is submitted with slurm/STAGE.sbatch. At a random step of each of its stretches a fault strikes; then it
 must come back by itself. When the run has ended, its losses and samples are compared with those of the same
-run in one process that nothing happened to.
+run in one process that nothing happened to. How far rounding alone takes two runs apart is measured too: the
+job is submitted once more and left in peace.
 """
 
 import os
@@ -12,11 +13,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kandinsky_dist.bench.fault_kinds import ENDED, Fault, Job
+from kandinsky_dist.bench.fault_kinds import Fault, Job
 from kandinsky_dist.bench.faults_report import to_markdown
 from kandinsky_dist.bench.record import Record
 from kandinsky_dist.errors import ConfigError, KandinskyError
@@ -50,6 +51,22 @@ class Request:
     options: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
 
+    def submission(self, run_dir: Path, output: Path) -> list[str]:
+        """The command that queues it."""
+        return [
+            "sbatch",
+            "--parsable",
+            f"--nodes={self.num_nodes}",
+            f"--gpus-per-node={self.ranks_per_node}",
+            f"--output={output}",
+            f"--export=ALL,KANDINSKY_CONFIG={self.config}",
+            *self.options,
+            str(find_checkout(os.environ) / "slurm" / f"{self.stage}.sbatch"),
+            *self.settings,
+            f"--run.dir={run_dir}",
+            f"--parallel.strategy={self.strategy}",
+        ]
+
 
 def run(
     out: Path,
@@ -82,34 +99,27 @@ def run(
         raise ConfigError(f"{out} has the run of an earlier campaign; give another folder")
     out.mkdir(parents=True, exist_ok=True)
     length = (len(faults) + 2) * STRETCH_STEPS + sum(fault.late_steps for fault in faults)
-    words = [
-        *request.settings,
-        f"--run.max_steps={length}",
-        f"--checkpoint.every_steps={EVERY_STEPS}",
-        "--telemetry.log_every_steps=1",
-        "--data.audit=true",
-    ]
-    submitted = call(
-        [
-            "sbatch",
-            "--parsable",
-            f"--nodes={request.num_nodes}",
-            f"--gpus-per-node={request.ranks_per_node}",
-            f"--output={output}",
-            f"--export=ALL,KANDINSKY_CONFIG={request.config}",
-            *request.options,
-            str(find_checkout(os.environ) / "slurm" / f"{request.stage}.sbatch"),
-            *words,
-            f"--run.dir={run_dir}",
-            f"--parallel.strategy={request.strategy}",
-        ]
+    request = replace(
+        request,
+        settings=(
+            *request.settings,
+            f"--run.max_steps={length}",
+            f"--checkpoint.every_steps={EVERY_STEPS}",
+            "--telemetry.log_every_steps=1",
+            "--data.audit=true",
+        ),
     )
-    job = Job(call, int(submitted.partition(";")[0]), run_dir, output, patience)
+
+    def submit(run_dir: Path, output: Path) -> Job:
+        number = call(request.submission(run_dir, output))
+        return Job(call, int(number.partition(";")[0]), run_dir, output, patience)
+
+    job = submit(run_dir, output)
     struck = list(campaign(job, faults, seed))
-    job.wait(lambda: job.state in ENDED, "end")
-    if job.state != "COMPLETED":
-        raise KandinskyError(f"job {job.number} ended as {job.state}: {job.printed().splitlines()[-1:]}")
-    _train_undisturbed(request, words, out / "undisturbed")
+    job.complete()
+    peaceful = submit(out / "peaceful", out / "peaceful.log")
+    peaceful.complete()
+    _train_undisturbed(request, out / "undisturbed")
     record = Record.now(
         "faults",
         device=device,
@@ -128,17 +138,19 @@ def run(
             "every_steps": EVERY_STEPS,
             "seed": seed,
         },
-        rows=judged(struck, run_dir, out / "undisturbed"),
+        rows=judged(struck, run_dir, peaceful.run_dir, out / "undisturbed"),
     )
     record.save(out / "faults.json")
     (out / "faults.md").write_text(to_markdown(record), "utf-8")
     return record
 
 
-def _train_undisturbed(request: Request, words: Sequence[str], run_dir: Path) -> None:
+def _train_undisturbed(request: Request, run_dir: Path) -> None:
     command = [sys.executable, "-m", "kandinsky_dist", "train", request.stage, "--config", request.config]
     done = subprocess.run(
-        [*command, *words, f"--run.dir={run_dir}", "--parallel.strategy=ddp"], capture_output=True, text=True
+        [*command, *request.settings, f"--run.dir={run_dir}", "--parallel.strategy=ddp"],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise KandinskyError(f"the undisturbed run failed: {done.stderr.splitlines()[-1:]}")
@@ -195,14 +207,18 @@ def _strike(job: Job, fault: Fault, dice: random.Random) -> Struck:
     return Struck(fault.name, step, detected - began, resumed - began, again)
 
 
-def judged(struck: Sequence[Struck], run_dir: Path, undisturbed: Path) -> list[dict[str, Any]]:
+def judged(
+    struck: Sequence[Struck], run_dir: Path, peaceful: Path, undisturbed: Path
+) -> list[dict[str, Any]]:
     """Rows of the record: what each fault did to the samples and losses up to the next one.
 
     Args:
         run_dir: of the run that the faults struck, ended; data.audit=true.
+        peaceful: of the same job, which nothing happened to.
         undisturbed: of the same run in one process.
     """
     ours, theirs = (_by_step(folder) for folder in (run_dir, undisturbed))
+    apart = {step: abs(loss - theirs[step][0]) for step, (loss, _) in _by_step(peaceful).items()}
     rows = []
     last = max(theirs)
     for item, end in zip(struck, [*(later.step for later in struck[1:]), last], strict=True):
@@ -224,6 +240,7 @@ def judged(struck: Sequence[Struck], run_dir: Path, undisturbed: Path) -> list[d
                 "samples_lost": lost.total(),
                 "samples_repeated": repeated.total(),
                 "loss_difference": distance,
+                "rounding_difference": max(apart[step] for step in range(1, end + 1)),
             }
         )
     return rows

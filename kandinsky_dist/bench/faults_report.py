@@ -12,6 +12,7 @@ COLUMNS = [
     Column("samples lost", lambda row: str(row["samples_lost"])),
     Column("samples repeated", lambda row: str(row["samples_repeated"])),
     Column("loss differs by", lambda row: f"{row['loss_difference']:.1g}"),
+    Column("rounding alone", lambda row: f"{row['rounding_difference']:.1g}"),
 ]
 INTRODUCTION = """
 One run of {num_steps} steps (the {stage}, `parallel.strategy={strategy}`, {num_nodes} nodes of
@@ -25,7 +26,8 @@ NOTES = """
 until a step was made after it, with the wait for Slurm, the start of Python on every node and the last
 checkpoint (every {every_steps} steps). **steps made again** came after that checkpoint; they are made with
 the same samples, so none is lost or repeated. **loss differs by**: the largest difference of a step's loss
-up to the next fault; {num_ranks} ranks add in another order than one process.
+up to the next fault. {num_ranks} ranks add in another order than one process, and training amplifies what
+that changes: **rounding alone** is how far the same job, left in peace, had come from that process by then.
 """
 
 

@@ -28,7 +28,8 @@ SOME = (
     Fault("SIGKILL of a rank's data workers", kill_worker, restarts=False),
 )
 
-
+NUM_ROUNDINGS = 10
+"""That a loss may be off by: the distance of two runs that nothing happens to."""
 LEFT_BYTES = 200_000
 """On the full disk: enough for lines of logs, not for a checkpoint."""
 
@@ -95,7 +96,9 @@ def node_faults(cluster):
     )
 
 
-def test_it_comes_back_from_everything(small_disk, four_nodes, repository, tiny_models, small_corpus):
+def test_it_comes_back_from_everything(
+    small_disk, four_nodes, repository, tiny_models, small_corpus, tmp_path
+):
     faults = SOME
     if CAMPAIGN:
         faults = (
@@ -141,7 +144,9 @@ def test_it_comes_back_from_everything(small_disk, four_nodes, repository, tiny_
         seed=0,
         command="KANDINSKY_DIST_CAMPAIGN=1 pytest tests/slurm/test_faults.py" if CAMPAIGN else "",
     )
+    for path in (small_disk / "out").glob("faults.*"):
+        shutil.copy(path, tmp_path)  # the disk goes with the test
     assert [row["fault"] for row in record.rows] == [fault.name for fault in faults]
     for row in record.rows:
         assert row["samples_lost"] == row["samples_repeated"] == 0, row
-        assert row["loss_difference"] < 1e-5, row
+        assert row["loss_difference"] < NUM_ROUNDINGS * row["rounding_difference"], row
