@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from helpers.command import DEFAULTS
 from jobs import CAMPAIGN, SETTINGS
@@ -29,7 +30,10 @@ SOME = (
 )
 
 NUM_ROUNDINGS = 10
-"""That a loss may be off by: the distance of two runs that nothing happens to."""
+"""That a loss may be off by: the distance of two runs that nothing happens to, or a rounding near 1."""
+LEARNING_RATE = 1e-4
+"""At 1e-3 these networks are chaotic: 8 ranks and one process are 5e-2 apart after 600 steps, here 2e-7. A
+rate that is wrong by a hundredth shows as 3e-3."""
 LEFT_BYTES = 200_000
 """On the full disk: enough for lines of logs, not for a checkpoint."""
 
@@ -115,6 +119,7 @@ def test_it_comes_back_from_everything(
     settings = {
         **{key: value for key, value in DEFAULTS.items() if not key.startswith(("run.", "checkpoint."))},
         **dict(word.split("=", 1) for word in SETTINGS),
+        "optim.learning_rate": LEARNING_RATE,
         "data.num_workers": 1,
         "data.micro_batch_size": 1,
         "model.prior": tiny_models / "prior",
@@ -149,4 +154,5 @@ def test_it_comes_back_from_everything(
     assert [row["fault"] for row in record.rows] == [fault.name for fault in faults]
     for row in record.rows:
         assert row["samples_lost"] == row["samples_repeated"] == 0, row
-        assert row["loss_difference"] < NUM_ROUNDINGS * row["rounding_difference"], row
+        rounding = max(row["rounding_difference"], float(np.finfo(np.float32).eps))
+        assert row["loss_difference"] < NUM_ROUNDINGS * rounding, row
