@@ -30,6 +30,11 @@ def why_not() -> str | None:
         return str(error)
 
 
+def compile_reader() -> None:
+    """Minutes the first time; ranks that came to it together would run out of patience."""
+    import_deepspeed("cpu").get_accelerator().create_op_builder("AsyncIOBuilder").load(verbose=False)
+
+
 def write_and_read_back(file: str, folder: Path, num_steps: int) -> dict[str, Any]:
     """Trains, saves, trains as far again, loads what was saved and repeats the second part."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from dist.nvme_programs import why_not, write_and_read_back
+from dist.nvme_programs import compile_reader, why_not, write_and_read_back
 from helpers.forked import run_on_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.long]
@@ -17,6 +17,7 @@ NUM_STEPS = 3
 @pytest.mark.skipif(REASON is not None, reason=f"DeepSpeed's reader for disks is not compiled here: {REASON}")
 def test_weights_on_nvme_train_save_and_load_as_those_in_memory(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    compile_reader()
     files = {}
     for device in ("cpu", "nvme"):
         files[device] = tmp_path / f"{device}.json"
