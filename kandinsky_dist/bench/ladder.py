@@ -13,7 +13,7 @@ from torch.cpu import _is_amx_tile_supported, _is_avx512_bf16_supported
 from kandinsky_dist.bench.switches import is_there
 from kandinsky_dist.bench.train_case import Case
 from kandinsky_dist.config.loader import Layer, load
-from kandinsky_dist.config.schema import STAGES, Stage
+from kandinsky_dist.config.schema import KEYS, STAGES, Stage
 from kandinsky_dist.errors import ConfigError
 
 BASELINE = "the incumbent's way"
@@ -25,12 +25,12 @@ class Rung:
 
     Attributes:
         name: of its row.
-        settings: added to those of the kept rungs below.
+        settings: added to those of the kept rungs below; those of the other stage are passed over.
         brings: a lever of `bench.switches`, always on in training and taken from the rungs below.
         off: settings of the rungs below, for a lever that is on by default; unknown ones are passed over.
-        is_kept: whether the rungs above stand on it; else it is tried once, beside the ladder.
         stages: that it applies to.
         devices: where it is worth a try.
+        kept_on: devices on which the rungs above stand on it; elsewhere it is tried once, beside the ladder.
         needs_bf16: a processor without it takes thirty times as long, and the other cases' turns with it.
         why: what it does, for the page; no figures.
     """
@@ -39,9 +39,9 @@ class Rung:
     settings: Mapping[str, str] = field(default_factory=dict)
     brings: str | None = None
     off: Mapping[str, str] = field(default_factory=dict)
-    is_kept: bool = True
     stages: tuple[Stage, ...] = STAGES
     devices: tuple[str, ...] = ("cpu", "cuda")
+    kept_on: tuple[str, ...] = ("cpu", "cuda")
     needs_bf16: bool = False
     why: str
 
@@ -53,6 +53,11 @@ class Rung:
         if self.needs_bf16 and not (_is_avx512_bf16_supported() or _is_amx_tile_supported()):
             found.append("bf16 in this processor")
         return found
+
+
+def applies(key: str, stage: Stage) -> bool:
+    """Whether a setting is one of this stage, as far as is known."""
+    return key not in KEYS or KEYS[key].metadata["stage"] in (None, stage)
 
 
 def _is_known(key: str, value: str) -> bool:
@@ -82,21 +87,27 @@ RUNGS = (
     ),
     Rung(
         name="+ cached encoders",
-        settings={"data.source": "cached"},
+        settings={"data.source": "cached", "data.group_by_length": "false"},
         why="what the frozen networks say of a sample is read from the shards; none of them is loaded",
+    ),
+    Rung(
+        name="+ grouped by length",
+        settings={"data.group_by_length": "true"},
+        stages=("prior",),
+        why="captions of about one length share a micro-batch, so that less is padded",
     ),
     Rung(
         name="+ 4 noise draws a caption",
         settings={"objective.noise_draws": "4"},
         stages=("prior",),
-        is_kept=False,
+        kept_on=(),
         why="draws share the text's part of the forward pass; more work a sample, for less variance",
     ),
     Rung(
         name="+ bf16",
         settings={"parallel.precision": "bf16"},
         devices=("cpu",),
-        is_kept=False,
+        kept_on=(),
         needs_bf16=True,
         why="half the bytes, and products of bf16 itself",
     ),
@@ -105,6 +116,7 @@ RUNGS = (
         settings={"parallel.channels_last": "true"},
         off={"parallel.channels_last": "false"},
         stages=("decoder",),
+        kept_on=("cuda",),
         why="convolutions read their channels from neighbouring memory",
     ),
     Rung(
@@ -117,7 +129,7 @@ RUNGS = (
         settings={"parallel.attention": "cudnn"},
         stages=("decoder",),
         devices=("cuda",),
-        is_kept=False,
+        kept_on=(),
         why="cuDNN's fused kernels in place of those that torch chooses",
     ),
     Rung(
@@ -125,7 +137,7 @@ RUNGS = (
         settings={"parallel.float8": "true"},
         stages=("prior",),
         devices=("cuda",),
-        is_kept=False,
+        kept_on=(),
         why="matrices are multiplied in 8 bits; another arithmetic than the baseline's",
     ),
 )
@@ -163,13 +175,14 @@ def cases(
                 continue
             later = [other.brings for other in rungs[number + 1 :]]
             without = tuple(lever for lever in later if lever is not None and is_there(lever))
-            settings = {**_off(rungs[number + 1 :]), **kept, **rung.settings}
+            mine = {key: value for key, value in rung.settings.items() if applies(key, stage)}
+            settings = {**_off(rungs[number + 1 :]), **kept, **mine}
             case = Case(
                 name=rung.name,
                 settings=settings,
                 without=without,
                 added_to=below,
-                is_beside=not rung.is_kept,
+                is_beside=device not in rung.kept_on,
                 more={"why": rung.why},
                 **shared,
             )
@@ -179,6 +192,6 @@ def cases(
                 left_out.append(f"{stage}, {rung.name}: {error}")
                 continue
             found.append(case)
-            if rung.is_kept:
-                below, kept = rung.name, {**kept, **rung.settings}
+            if device in rung.kept_on:
+                below, kept = rung.name, {**kept, **mine}
     return found, left_out

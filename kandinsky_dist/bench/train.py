@@ -15,10 +15,17 @@ from kandinsky_dist.bench import ladder, train_picture
 from kandinsky_dist.bench.incumbent import check_followed
 from kandinsky_dist.bench.record import Record, device_name
 from kandinsky_dist.bench.train_case import Case
-from kandinsky_dist.bench.train_inputs import SHAPES, about_corpus, cached_shards, make_corpus, make_models
+from kandinsky_dist.bench.train_inputs import (
+    NUM_MICRO,
+    SHAPES,
+    about_corpus,
+    cached_shards,
+    make_corpus,
+    make_models,
+)
 from kandinsky_dist.bench.train_measure import Plan, check_plan, device_of, measure
 from kandinsky_dist.bench.train_report import to_markdown
-from kandinsky_dist.config.schema import KEYS, Stage
+from kandinsky_dist.config.schema import Stage
 from kandinsky_dist.errors import ConfigError
 from kandinsky_dist.models.architectures import Size
 
@@ -102,11 +109,10 @@ def make_inputs(
     shards = inputs.shards or str(make_corpus(out, inputs.size, models))
     found: dict[Stage, dict[str, str]] = {}
     for stage in stages:
-        mine = {key: value for key, value in inputs.settings.items() if _applies(key, stage)}
+        mine = {key: value for key, value in inputs.settings.items() if ladder.applies(key, stage)}
         values = {**SHAPES[inputs.size].settings[stage], **mine}
-        values.setdefault(
-            "data.global_batch_size", str(int(values["data.micro_batch_size"]) * max(1, world_size))
-        )
+        samples = int(values["data.micro_batch_size"]) * NUM_MICRO[stage] * max(1, world_size)
+        values.setdefault("data.global_batch_size", str(samples))
         found[stage] = {
             "model.prior": str(models / "prior"),
             "model.decoder": str(models / "decoder"),
@@ -114,10 +120,6 @@ def make_inputs(
             **values,
         }
     return found
-
-
-def _applies(key: str, stage: Stage) -> bool:
-    return key not in KEYS or KEYS[key].metadata["stage"] in (None, stage)
 
 
 def combinations(

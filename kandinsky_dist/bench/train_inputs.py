@@ -21,7 +21,13 @@ from kandinsky_dist.models.init import initialise
 from kandinsky_dist.models.token_lengths import token_counter
 
 NUM_SHARDS = 4
-NOT_OF_THE_CACHE = ("data.source", "data.num_workers", "data.micro_batch_size", "data.global_batch_size")
+NOT_OF_THE_CACHE = (
+    "data.source",
+    "data.num_workers",
+    "data.micro_batch_size",
+    "data.global_batch_size",
+    "data.group_by_length",
+)
 CAPTION_TOKENS = (12, 25)
 """Shortest and longest caption, start and end token included: where most captions of photographs lie."""
 
@@ -59,6 +65,8 @@ def _settings(prior: int, decoder: int, resolution: int) -> dict[Stage, dict[str
     }
 
 
+NUM_MICRO: dict[Stage, int] = {"prior": 4, "decoder": 1}
+"""Micro-batches of a rank in a step: a prior's captions of one length share one, see data.group_by_length."""
 SHAPES: dict[Size, Shape] = {
     "tiny": Shape(128, 256, _settings(16, 8, 64)),
     # Few samples, as a suite on 2 cores is to be a matter of minutes; the published resolution, at which

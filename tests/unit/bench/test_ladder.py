@@ -32,7 +32,7 @@ def prior_cases() -> tuple[list[Case], list[str]]:
 def test_every_rung_stands_on_the_kept_ones_below(rungs):
     rungs(
         Rung(name="a", settings={"data.num_workers": "1"}, why=""),
-        Rung(name="b", settings={"optim.weight_decay": "0.1"}, is_kept=False, why=""),
+        Rung(name="b", settings={"optim.weight_decay": "0.1"}, kept_on=("cuda",), why=""),
         Rung(name="c", settings={"parallel.precision": "bf16"}, why=""),
     )
     cases, left_out = prior_cases()
