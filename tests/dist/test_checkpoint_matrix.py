@@ -38,13 +38,14 @@ ENGINES = {
     "zero3_offload": ("zero3", {"parallel.ds_config": str(shipped_file("zero3_offload"))}, 2),
 }
 IS_CAMPAIGN = "KANDINSKY_DIST_CAMPAIGN" in os.environ
-"""World sizes 1 to 4 under each engine; else 3, which divides no parameter evenly, and HSDP's 4."""
+"""World sizes 1 to 4 under each engine; else 3, which divides no parameter evenly, and HSDP's 4, and offloaded
+states are only written: they are cut as those that are not."""
 READERS = [
     (name, world_size)
     for name in ENGINES
     for world_size in ((1, 2, 3, 4) if IS_CAMPAIGN or name == "hsdp" else (3,))
     if name != "hsdp" or world_size == 4  # copies of shards of two
-    if "offload" not in name or world_size == 3  # cut as without it
+    if "offload" not in name or (IS_CAMPAIGN and world_size == 3)
 ]
 
 
