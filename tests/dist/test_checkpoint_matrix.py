@@ -38,8 +38,8 @@ ENGINES = {
     "zero3_offload": ("zero3", {"parallel.ds_config": str(shipped_file("zero3_offload"))}, 2),
 }
 IS_CAMPAIGN = "KANDINSKY_DIST_CAMPAIGN" in os.environ
-"""World sizes 1 to 4 under each engine; else 3, which divides no parameter evenly, and HSDP's 4, and offloaded
-states are only written: they are cut as those that are not."""
+"""World sizes 1 to 4 under each engine; else 3, which divides no parameter evenly, and HSDP's 4;
+offloaded states, cut as those that are not, are written only."""
 READERS = [
     (name, world_size)
     for name in ENGINES
