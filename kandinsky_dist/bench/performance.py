@@ -35,8 +35,7 @@ NOTHING_YET = """\
 No record is here yet. The commands below make some.
 """
 HOW_TO_RUN = """\
-The whole suite for a machine without a GPU is a matter of minutes on 2 idle cores; each record says how
-long it took:
+The whole suite for a machine without a GPU; 2 idle cores are enough, and each record says how long it took:
 
 ```bash
 pip install -e '.[report]'
