@@ -42,7 +42,8 @@ def add_faults(commands: Any) -> None:
         commands,
         "faults",
         run,
-        "Submits a run of several nodes with sbatch, lets things happen to it, and says how it came back. "
+        "Submits a run of several nodes with sbatch, lets things happen to it, and says how it came back, beside "
+        "the same job left in peace, which it submits afterwards, and the same run in one process. "
         "Further settings (--section.key VALUE) are the run's.",
         allow_abbrev=False,
     )

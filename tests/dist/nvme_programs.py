@@ -24,15 +24,19 @@ LEARNING_RATE = 1e-3
 def why_not() -> str | None:
     """Why DeepSpeed's reader and writer beside Python cannot be built here; None if it can."""
     try:
-        builder = import_deepspeed("cpu").get_accelerator().create_op_builder("AsyncIOBuilder")
-        return None if builder.is_compatible() else "libaio's headers are missing (libaio-dev)"
+        return None if _reader().is_compatible() else "libaio's headers are missing (libaio-dev)"
     except Exception as error:
         return str(error)
 
 
 def compile_reader() -> None:
     """Minutes the first time; ranks that came to it together would run out of patience."""
-    import_deepspeed("cpu").get_accelerator().create_op_builder("AsyncIOBuilder").load(verbose=False)
+    _reader().load(verbose=False)
+
+
+def _reader() -> Any:
+    """DeepSpeed's builder of it."""
+    return import_deepspeed("cpu").get_accelerator().create_op_builder("AsyncIOBuilder")
 
 
 def write_and_read_back(file: str, folder: Path, num_steps: int) -> dict[str, Any]:

@@ -32,8 +32,7 @@ SOME = (
 NUM_ROUNDINGS = 10
 """That a loss may be off by: the distance of two runs that nothing happens to, or a rounding near 1."""
 LEARNING_RATE = 1e-4
-"""At 1e-3 these networks are chaotic: 8 ranks and one process are 5e-2 apart after 600 steps, here 2e-7. A
-rate that is wrong by a hundredth shows as 3e-3."""
+"""Lower than elsewhere: at that one training amplifies roundings until they would hide what a fault does."""
 LEFT_BYTES = 200_000
 """On the full disk: enough for lines of logs, not for a checkpoint."""
 
@@ -155,4 +154,4 @@ def test_it_comes_back_from_everything(
     for row in record.rows:
         assert row["samples_lost"] == row["samples_repeated"] == 0, row
         rounding = max(row["rounding_difference"], float(np.finfo(np.float32).eps))
-        assert row["loss_difference"] < NUM_ROUNDINGS * rounding, row
+        assert row["loss_difference"] < min(1e-5, NUM_ROUNDINGS * rounding), row
