@@ -42,8 +42,8 @@ def add_faults(commands: Any) -> None:
         commands,
         "faults",
         run,
-        "Submits a run of several nodes with sbatch, lets things happen to it, and says how it came back, beside "
-        "the same job left in peace, which it submits afterwards, and the same run in one process. "
+        "Submits a run of several nodes with sbatch, lets things happen to it, and says how it came back. "
+        "It is compared with the same run in one process, and with the same job, submitted again in peace. "
         "Further settings (--section.key VALUE) are the run's.",
         allow_abbrev=False,
     )
