@@ -230,7 +230,7 @@ def prior_flops(size: Size, num_text_tokens: int, noise_draws: int) -> float:
             for name, value in prepared.conditions.items()
         }
         objective = replace(objective, noise_draws=noise_draws)
-        objective.losses(build("prior", size), replace(prepared, conditions=conditions)).sum().backward()
+        objective.losses(build("prior", size), replace(prepared, conditions=conditions))
 
     return count_flops(step)
 

@@ -203,7 +203,7 @@ def flops_per_sample(found: Networks, batch: dict[str, Tensor]) -> float:
         noised = light.encode(shapes, random_draws)
         conditions = {name: _in_fp32(tensor) for name, tensor in noised.conditions.items()}
         noised = Noised(_in_fp32(noised.noisy), noised.timesteps_B, noised.target, conditions)
-        mean_squared_error(light.predict(noised), noised.target).backward()
+        mean_squared_error(light.predict(noised), noised.target)
 
     return count_flops(step) / len(batch["positions_B"])
 

@@ -16,7 +16,7 @@ from kandinsky_dist.models.architectures import MAX_TOKENS
 from kandinsky_dist.models.blocks import blocks
 from kandinsky_dist.objectives.base import Objective, Prepared
 from kandinsky_dist.parallel.base import cast_inputs
-from kandinsky_dist.telemetry.flops import flop_counter
+from kandinsky_dist.telemetry.flops import Products
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 HOLDS_FP32_WEIGHTS = ("ddp", "zero0")
@@ -73,14 +73,14 @@ class Survey:
                 for item in vars(self._objective).values()
                 if isinstance(item, nn.Module) and self.networks.is_encoding
             )
-            with torch.no_grad(), flop_counter() as counter:
+            with torch.no_grad(), Products() as products:
                 self._prepared(1)
-            encoder_flops = float(counter.get_total_flops())
+            encoder_flops = products.flops
             self.encoder_flops = encoder_flops if self.networks.is_encoding else 0.0
             prepared = self._prepared(1)
-            with torch.no_grad(), flop_counter() as counter:
+            with torch.no_grad(), Products() as products:
                 self._losses(model, prepared)
-            self.flops = float(counter.get_total_flops())
+            self.flops = products.flops
         self._model, self.activations = cache(self._build), cache(self._activations)
 
     @cached_property

@@ -4,42 +4,113 @@ A multiplication and an addition are two FLOPs. Matrix products, convolutions an
 norms, activations and sums are not, which is what published figures mean by model FLOPs. Causal attention
 counts as full attention, for the same reason, and what fused attention computes again in backward does not
 count.
+
+Only forward runs. A product's backward is one more product of its size for each operand that wants a
+gradient, so it is counted with it: half the work of a count, which every start of a run waits for.
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 
 def count_flops(function: Callable[[], Any]) -> float:
-    """Counts the FLOPs of `function`, backward passes in it included, without computing it.
+    """Counts the FLOPs of `function`, and of the backward of what it computes, without computing it.
 
     Args:
         function: makes its own models and tensors, which get no memory, or uses some that have none
-            (`without_memory`). It must not branch on the value of a tensor.
+            (`without_memory`). It must not branch on the value of a tensor, and need not call backward:
+            under `torch.no_grad` there is none to count.
 
     Returns:
         FLOPs of the whole call, so of every sample in its batch.
     """
-    with torch.device("meta"), flop_counter() as counter:
+    with torch.device("meta"), Products() as products:
         function()
-    return float(counter.get_total_flops())
+    return products.flops
 
 
-@contextmanager
-def flop_counter() -> Iterator[FlopCounterMode]:
-    """A context that counts what runs inside, under a fake mode that is already on too."""
-    counter = FlopCounterMode(display=False)
-    # Attention as matrix products, which are counted one by one: no kernel of it needs a formula.
-    # Compiled code would want real tensors, and counts nothing.
-    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
-        yield counter
+class Products(TorchFunctionMode):
+    """Counts the products of what runs inside, under a fake mode that is already on too.
+
+    Norms, activations and dropout are passed over, as they change no shape: they would take most of the time.
+
+    Attributes:
+        flops: so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0.0
+        # Compiled code would want real tensors, and show no products.
+        self._eager = torch.compiler.set_stance("force_eager")
+
+    def __enter__(self) -> "Products":
+        self._eager.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._eager.__exit__(*error)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Runs a function of torch, and counts it if it is a product."""
+        kwargs = kwargs or {}
+        if func in _SHAPELESS and _adds_no_gradient(args, kwargs):
+            return args[0]
+        result = func(*args, **kwargs)
+        if func in _ATTENTION:
+            query_BHQC, key_BHSC, value_BHSC = args[:3]
+            size = prod(query_BHQC.shape[:-1]) * key_BHSC.shape[-2]
+            self._add(size * key_BHSC.shape[-1], query_BHQC.requires_grad, key_BHSC.requires_grad)
+            weights_need_grad = query_BHQC.requires_grad or key_BHSC.requires_grad
+            self._add(size * value_BHSC.shape[-1], weights_need_grad, value_BHSC.requires_grad)
+        elif func in _PRODUCTS:
+            operands = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
+            left, right = operands[_PRODUCTS[func] :][:2]
+            inner = right[0].numel() if func in _CONVOLUTIONS else left.shape[-1]
+            self._add(result.numel() * inner, left.requires_grad, right.requires_grad)
+        return result
+
+    def _add(self, num_multiplications: int, *operands_require_grad: bool) -> None:
+        """A product, and in backward one of the same size for each operand with a gradient."""
+        num_backward = sum(operands_require_grad) if torch.is_grad_enabled() else 0
+        self.flops += 2.0 * num_multiplications * (1 + num_backward)
+
+
+_ATTENTION = {functional.scaled_dot_product_attention}
+_CONVOLUTIONS = {functional.conv1d, functional.conv2d, functional.conv3d}
+# Product -> place of its first operand: what is added to it comes before.
+_PRODUCTS = {
+    **dict.fromkeys((functional.linear, *_CONVOLUTIONS), 0),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), 0),
+    **dict.fromkeys((torch.bmm, Tensor.bmm), 0),
+    **dict.fromkeys((torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm), 1),
+}
+_SHAPELESS = {
+    functional.layer_norm,
+    functional.group_norm,
+    functional.silu,
+    functional.gelu,
+    functional.dropout,
+    functional.softmax,
+    torch.sigmoid,
+}
+
+
+def _adds_no_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the result requires a gradient just where the first argument does."""
+    tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
+    return tensors[0].requires_grad or not any(item.requires_grad for item in tensors)
 
 
 def without_memory(module: nn.Module) -> nn.Module:

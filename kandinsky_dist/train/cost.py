@@ -62,7 +62,7 @@ def step_cost(
             else _sample(config, folders, num_text_tokens)
         )
         prepared = objective.prepare(sample)
-        objective.losses(model, _in_fp32(prepared)).sum().backward()
+        objective.losses(model, _in_fp32(prepared))
 
     lengths = LENGTHS if config.stage == "prior" else LENGTHS[:1]
     return StepCost([count_flops(lambda length=length: step(length)) for length in lengths])  # type: ignore[misc]
