@@ -83,18 +83,12 @@ RUNGS = (
         name="+ pad-free text",
         stages=("prior",),
         brings="pad-free text",
-        why="captions are cut to their own lengths, in the text encoder and in the prior",
+        why="captions are cut to the longest in the text encoder, and packed without padding in the prior",
     ),
     Rung(
         name="+ cached encoders",
-        settings={"data.source": "cached", "data.group_by_length": "false"},
+        settings={"data.source": "cached"},
         why="what the frozen networks say of a sample is read from the shards; none of them is loaded",
-    ),
-    Rung(
-        name="+ grouped by length",
-        settings={"data.group_by_length": "true"},
-        stages=("prior",),
-        why="captions of about one length share a micro-batch, so that less is padded",
     ),
     Rung(
         name="+ 4 noise draws a caption",

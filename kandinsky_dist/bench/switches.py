@@ -27,6 +27,7 @@ class Replacement:
 LEVERS: dict[str, tuple[Replacement, ...]] = {
     "pad-free text": (
         Replacement("kandinsky_dist.models.prior", "make_pad_free", lambda module: None),
+        Replacement("kandinsky_dist.train.build", "token_multiple", lambda config: None),
         Replacement("kandinsky_dist.data.rows", "_without_shared_padding", lambda *tokens: tokens),
         # FLOPs are counted at these lengths, and diffusers' own forward takes 77 tokens only.
         Replacement("kandinsky_dist.train.cost", "LENGTHS", (MAX_TOKENS,)),

@@ -16,7 +16,6 @@ from kandinsky_dist.bench.incumbent import check_followed
 from kandinsky_dist.bench.record import Record, device_name
 from kandinsky_dist.bench.train_case import Case
 from kandinsky_dist.bench.train_inputs import (
-    NUM_MICRO,
     SHAPES,
     about_corpus,
     cached_shards,
@@ -111,7 +110,8 @@ def make_inputs(
     for stage in stages:
         mine = {key: value for key, value in inputs.settings.items() if ladder.applies(key, stage)}
         values = {**SHAPES[inputs.size].settings[stage], **mine}
-        samples = int(values["data.micro_batch_size"]) * NUM_MICRO[stage] * max(1, world_size)
+        num_micro = SHAPES[inputs.size].num_micro
+        samples = int(values["data.micro_batch_size"]) * num_micro * max(1, world_size)
         values.setdefault("data.global_batch_size", str(samples))
         found[stage] = {
             "model.prior": str(models / "prior"),
@@ -132,11 +132,13 @@ def combinations(
         if len(words) < 2 or len(set(words)) < len(words):
             raise ConfigError(f"--vary {' '.join(words)} needs a key and one or more values, each once")
     found = []
+    of_a_rank = int(common["data.global_batch_size"]) // world_size
+    num_micro = max(1, of_a_rank // int(common["data.micro_batch_size"]))
     for values in product(*(words[1:] for words in vary)):
         settings = dict(zip((words[0] for words in vary), values, strict=True))
         micro = settings.get("data.micro_batch_size")
         if micro is not None and "data.global_batch_size" not in settings:
-            settings["data.global_batch_size"] = str(int(micro) * world_size)
+            settings["data.global_batch_size"] = str(int(micro) * num_micro * world_size)
         name = ", ".join(f"{key.partition('.')[2]}={value}" for key, value in settings.items())
         found.append(Case(name=name, stage=stage, common=common, settings=settings, world_size=world_size))
     return found

@@ -51,11 +51,13 @@ class Shape:
         num_samples: of the corpus.
         photograph_size: side of its pictures, pixels.
         settings: of a stage's cases.
+        num_micro: micro-batches of a rank in a step.
     """
 
     num_samples: int
     photograph_size: int
     settings: dict[Stage, dict[str, str]]
+    num_micro: int = 1
 
 
 def _settings(prior: int, decoder: int, resolution: int) -> dict[Stage, dict[str, str]]:
@@ -65,14 +67,13 @@ def _settings(prior: int, decoder: int, resolution: int) -> dict[Stage, dict[str
     }
 
 
-NUM_MICRO: dict[Stage, int] = {"prior": 4, "decoder": 1}
-"""Micro-batches of a rank in a step: a prior's captions of one length share one, see data.group_by_length."""
 SHAPES: dict[Size, Shape] = {
     "tiny": Shape(128, 256, _settings(16, 8, 64)),
     # Few samples, as a suite on 2 cores is to be a matter of minutes; the published resolution, at which
     # encoders and U-Net have their usual shares of a step.
-    "small": Shape(32, 512, _settings(8, 1, 512)),
-    "full": Shape(1024, 1024, _settings(64, 16, 512)),
+    "small": Shape(32, 512, _settings(32, 1, 512)),
+    # Two cases hold memory at once.
+    "full": Shape(1024, 1024, _settings(64, 16, 512), num_micro=4),
 }
 
 

@@ -31,6 +31,7 @@ class Batch:
     Attributes:
         clip_pixels_BCHW, pixels_BCHW: uint8.
         token_mask_BL: which tokens, or text states, are a caption's: the first ones.
+        num_text_tokens: how many are, in all captions; known here without asking a device.
         image_embeds_BD, text_embeds_BD, text_states_BLD, latents_BCHW: encoder outputs that were computed in
             advance, in the type in which they are kept; zeros behind the states of a shorter caption.
     """
@@ -41,6 +42,7 @@ class Batch:
     pixels_BCHW: Tensor | None
     token_ids_BL: Tensor | None
     token_mask_BL: Tensor | None
+    num_text_tokens: int = 0
     bad_samples: tuple[BadSample, ...] = ()
     image_embeds_BD: Tensor | None = None
     text_embeds_BD: Tensor | None = None
@@ -51,7 +53,7 @@ class Batch:
         return len(self.keys)
 
     @property
-    def num_text_tokens(self) -> int:
+    def text_length(self) -> int:
         """L, known from the shape alone; 0 where there is no text."""
         return 0 if self.token_mask_BL is None else self.token_mask_BL.shape[1]
 

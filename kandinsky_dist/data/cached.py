@@ -86,7 +86,7 @@ class CachedViews:
 
     def _text(
         self, positions_B: Int64s, embeds_BD: Tensor, states_BLD: Tensor, num_states_B: Int64s
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """The captions' states, and the empty caption's where dropout asks for it."""
         lengths_B = torch.from_numpy(num_states_B.copy())
         drops_B = torch.from_numpy(caption_drops(positions_B, share=self.caption_dropout, seed=self.seed))
@@ -101,6 +101,7 @@ class CachedViews:
             "text_embeds_BD": embeds_BD,
             "text_states_BLD": states_BLD,
             "token_mask_BL": torch.arange(states_BLD.shape[1]) < lengths_B[:, None],
+            "num_text_tokens": int(lengths_B.sum()),
         }
 
 
@@ -191,6 +192,7 @@ def blank_batch(description: CacheDescription, num_text_states: int, device: tor
         pixels_BCHW=None,
         token_ids_BL=None,
         token_mask_BL=zeros(num_text_states, dtype=torch.bool) if is_prior else None,
+        num_text_tokens=num_text_states if is_prior else 0,
         image_embeds_BD=zeros(widths["image_embeds"]),
         text_embeds_BD=zeros(widths["text_embeds"]) if is_prior else None,
         text_states_BLD=zeros(num_text_states, widths["text_states"]) if is_prior else None,

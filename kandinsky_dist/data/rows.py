@@ -126,6 +126,7 @@ class Rows:
             None if self._pixels is None else torch.from_numpy(self._pixels),
             token_ids_BL,
             token_mask_BL,
+            0 if token_mask_BL is None else int(token_mask_BL.sum()),
             tuple(bad_samples),
         )
 

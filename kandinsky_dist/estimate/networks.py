@@ -165,6 +165,7 @@ class Networks:
             pixels_BCHW=None if is_prior else pixels(self.config.data.resolution),
             token_ids_BL=tokens_BL if is_prior else None,
             token_mask_BL=torch.ones_like(tokens_BL, dtype=torch.bool) if is_prior else None,
+            num_text_tokens=tokens_BL.numel() if is_prior else 0,
         )
 
 

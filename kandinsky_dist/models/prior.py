@@ -6,11 +6,14 @@ weight 0 and attention is causal, so that outputs and gradients stay what they a
 - text is as long as the batch's longest caption, with the positions that its tokens have among 77;
 - a shorter caption is followed at once by its other tokens, and its padding comes last: then causality alone
   hides the padding, and attention needs no mask;
+- norms and matrices, which treat tokens one by one, are given those of all captions in one row, without the
+  padding; attention, which is a small part of the work, is given captions of one length;
 - several noise draws of a caption follow one text, each blind to the others;
 - the last layer asks for the tokens that are read, not for all.
 
 Letters of shapes: B samples, L text tokens of the longest caption, K noise draws, S = L + 1 + 3 K tokens of a
-sequence, D width, E width of embeddings, H heads, C channels of a head.
+sequence, R tokens that are computed of the B x S, D width, E width of embeddings, H heads, C channels of a
+head.
 A sequence: text, pooled text, K x time, K x noised embedding, K x read-out, padding.
 """
 
@@ -56,6 +59,7 @@ class PadFreePrior(PriorTransformer):
         proj_embedding: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor,
+        num_text_tokens: int | None = None,
     ) -> PriorTransformerOutput:
         """Predicts image embeddings. No host sync.
 
@@ -65,6 +69,7 @@ class PadFreePrior(PriorTransformer):
             proj_embedding: pooled text (B, E).
             encoder_hidden_states: text states (B, L, E), L up to 77.
             attention_mask: bool (B, L), True on the text: at the beginning of each row, at least one.
+            num_text_tokens: text tokens that are computed, as many as the mask has or more; None: all B x L.
 
         Returns:
             The prediction, of the shape of `hidden_states`.
@@ -89,36 +94,55 @@ class PadFreePrior(PriorTransformer):
             ],
             dim=1,
         )
-        layout = _Layout(attention_mask, num_draws)
+        layout = _Layout(attention_mask, num_draws, num_text_tokens)
         hidden_BSD = functional.pad(text_BLD + places[:, :length], (0, 0, 0, behind_BTD.shape[1])).scatter(
             1, _rows(layout.behind_BT, behind_BTD.shape[2]), behind_BTD
         )
         if self.norm_in is not None:
             hidden_BSD = self.norm_in(hidden_BSD)
+        hidden_RD = hidden_BSD.flatten(0, 1)
+        if layout.packed_R is not None:
+            hidden_RD = hidden_RD.index_select(0, layout.packed_R)
         *blocks, last = self.transformer_blocks
         visible_BSS = layout.visible()
         for block in blocks:
-            hidden_BSD = block(hidden_BSD, visible_BSS)
-        read_BKD = last(hidden_BSD, layout.visible_to_read(), layout.read_BK)
-        predicted_BKE = self.proj_to_clip_embeddings(self.norm_out(read_BKD))
-        return PriorTransformerOutput(predicted_image_embedding=predicted_BKE.view_as(hidden_states))
+            hidden_RD = block(hidden_RD, layout.shape, layout.packed_R, visible_BSS)
+        read_ND = last(hidden_RD, layout.shape, layout.packed_R, layout.visible_to_read(), layout.read_rows())
+        predicted_NE = self.proj_to_clip_embeddings(self.norm_out(read_ND))
+        return PriorTransformerOutput(predicted_image_embedding=predicted_NE.view_as(hidden_states))
 
 
 class _Layout:
-    """Where a sequence's tokens are, and which of them see which.
+    """Where a sequence's tokens are, which of them are computed, and which see which.
 
     Attributes:
-        behind_BT: rows of the tokens behind the text, T = 1 + 3 K.
-        read_BK: rows of those that are read.
+        shape: (B, S).
+        behind_BT: places in a sequence of the tokens behind the text, T = 1 + 3 K.
+        packed_R: places among all B x S tokens of those that are computed: first the B x K that are read,
+            then the others, then padding if that many are asked for. None: all, in their order.
     """
 
-    def __init__(self, mask_BL: Tensor, num_draws: int) -> None:
+    def __init__(self, mask_BL: Tensor, num_draws: int, num_text_tokens: int | None) -> None:
         num_behind = 1 + 3 * num_draws
         self._num_draws = num_draws
         self._rows_S = torch.arange(mask_BL.shape[1] + num_behind, device=mask_BL.device)
         self._pooled_B1 = mask_BL.sum(1, keepdim=True)
+        self.shape = len(mask_BL), len(self._rows_S)
         self.behind_BT = self._pooled_B1 + self._rows_S[:num_behind]
-        self.read_BK = self.behind_BT[:, -num_draws:]
+        self._read_BK = self.behind_BT[:, -num_draws:]
+        self.packed_R: Tensor | None = None
+        if num_text_tokens is not None and num_text_tokens < mask_BL.numel():
+            is_padding_BS = self._rows_S >= self._pooled_B1 + num_behind
+            rank_BS = (1 + is_padding_BS.byte()).scatter(1, self._read_BK, 0)
+            num_rows = num_text_tokens + self.behind_BT.numel()
+            self.packed_R = rank_BS.flatten().argsort(stable=True)[:num_rows]
+
+    def read_rows(self) -> Tensor:
+        """Which of the R tokens are read, (B x K,)."""
+        if self.packed_R is not None:
+            return torch.arange(self._read_BK.numel(), device=self.packed_R.device)
+        starts_B = torch.arange(self.shape[0], device=self._read_BK.device) * self.shape[1]
+        return (starts_B[:, None] + self._read_BK).flatten()
 
     def visible(self) -> Tensor | None:
         """bool (B, S, S), query by key; None where causality is all there is to it."""
@@ -128,7 +152,7 @@ class _Layout:
 
     def visible_to_read(self) -> Tensor:
         """bool (B, K, S) of the read tokens' queries."""
-        return self._visible_to(self.read_BK)
+        return self._visible_to(self._read_BK)
 
     def _visible_to(self, queries_BQ: Tensor) -> Tensor:
         """What is at or before a query, unless both belong to draws and these are not the same."""
@@ -146,28 +170,41 @@ class PadFreeBlock(BasicTransformerBlock):
     """A layer of the prior."""
 
     def forward(
-        self, hidden_BSD: Tensor, visible_BQS: Tensor | None = None, rows_BQ: Tensor | None = None
+        self,
+        hidden_RD: Tensor,
+        shape: tuple[int, int],
+        packed_R: Tensor | None = None,
+        visible_BQS: Tensor | None = None,
+        read_N: Tensor | None = None,
     ) -> Tensor:
         """What diffusers' layer computes, for all tokens or for some.
 
         Args:
-            hidden_BSD: tokens.
+            hidden_RD: tokens.
+            shape: (B, S).
+            packed_R: their places among the B x S; None: they are all.
             visible_BQS: which keys each query sees; None: itself and those before it.
-            rows_BQ: the tokens whose output is wanted; None: all.
+            read_N: which of the R are wanted, as many of each sequence, N = B x Q; None: all, Q = S.
 
         Returns:
-            (B, Q, D).
+            (R, D), or (N, D).
         """
         attention = self.attn1
-        normed_BSD = normed_BQD = self.norm1(hidden_BSD)
-        if rows_BQ is not None:
-            index_BQD = _rows(rows_BQ, hidden_BSD.shape[2])
-            hidden_BSD, normed_BQD = hidden_BSD.gather(1, index_BQD), normed_BSD.gather(1, index_BQD)
+        normed_RD = normed_ND = self.norm1(hidden_RD)
+        if read_N is not None:
+            hidden_RD, normed_ND = hidden_RD.index_select(0, read_N), normed_RD.index_select(0, read_N)
         # Three products: one over joined weights would copy them in every forward, which costs about as much
         # as it saves, and would go past the hooks of engines that gather a weight when its layer is called.
+        query_ND = attention.to_q(normed_ND)
+        query_BQD = (
+            _apart(query_ND, shape, packed_R) if read_N is None else query_ND.unflatten(0, (shape[0], -1))
+        )
+        key_BSD, value_BSD = (
+            _apart(layer(normed_RD), shape, packed_R) for layer in (attention.to_k, attention.to_v)
+        )
         query_BHQC, key_BHSC, value_BHSC = (
             tensor.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-            for tensor in (attention.to_q(normed_BQD), attention.to_k(normed_BSD), attention.to_v(normed_BSD))
+            for tensor in (query_BQD, key_BSD, value_BSD)
         )
         attended_BHQC = functional.scaled_dot_product_attention(
             query_BHQC,
@@ -176,10 +213,23 @@ class PadFreeBlock(BasicTransformerBlock):
             attn_mask=None if visible_BQS is None else visible_BQS[:, None],
             is_causal=visible_BQS is None,
         )
+        attended_ND = attended_BHQC.transpose(1, 2).flatten(2).flatten(0, 1)
+        if read_N is None and packed_R is not None:
+            attended_ND = attended_ND.index_select(0, packed_R)
         project, dropout = attention.to_out
-        hidden_BQD = dropout(project(attended_BHQC.transpose(1, 2).flatten(2))) + hidden_BSD
-        output_BQD: Tensor = self.ff(self.norm3(hidden_BQD)) + hidden_BQD
-        return output_BQD
+        hidden_ND = dropout(project(attended_ND)) + hidden_RD
+        output_ND: Tensor = self.ff(self.norm3(hidden_ND)) + hidden_ND
+        return output_ND
+
+
+def _apart(packed_RD: Tensor, shape: tuple[int, int], packed_R: Tensor | None) -> Tensor:
+    """Tokens at their places in the sequences, (B, S, D), and zeros at the others."""
+    if packed_R is not None:
+        num_samples, length = shape
+        packed_RD = packed_RD.new_zeros(num_samples * length, packed_RD.shape[1]).index_copy(
+            0, packed_R, packed_RD
+        )
+    return packed_RD.unflatten(0, shape)
 
 
 def _rows(rows_BQ: Tensor, width: int) -> Tensor:

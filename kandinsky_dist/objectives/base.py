@@ -1,6 +1,6 @@
 """What the trainer asks of an objective: turn a batch into the model's inputs, and inputs into losses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,11 +21,13 @@ class Prepared:
         positions_B: int64; noise and timesteps are functions of them.
         clean: fp32 (B, ...), what is diffused.
         conditions: tensors of batch size B that the model is conditioned on.
+        num_text_tokens: text tokens of all samples that the model is to compute; None: all, padding included.
     """
 
     positions_B: Tensor
     clean: Tensor
     conditions: dict[str, Tensor]
+    num_text_tokens: int | None = None
 
     def tensors(self) -> list[Tensor]:
         """All tensors that it has."""
@@ -84,4 +86,4 @@ def mean_losses(objective: Objective, model: nn.Module, prepared: Prepared) -> T
 def roll_conditions(prepared: Prepared) -> Prepared:
     """Every sample with its neighbour's conditions: what a loss that ignores them would not notice."""
     rolled: dict[str, Any] = {name: value.roll(1, 0) for name, value in prepared.conditions.items()}
-    return Prepared(prepared.positions_B, prepared.clean, rolled)
+    return replace(prepared, conditions=rolled)

@@ -28,6 +28,8 @@ class PriorObjective:
         seed: of noise and timesteps.
         snr_gamma: min-SNR weighting, or None.
         noise_draws: K, noises and timesteps of a sample in one forward pass, which share its text.
+        token_multiple: the text tokens that are computed are a multiple of so many a sample: 1 is those that
+            there are, more is fewer shapes; None: every text is as long as the longest, padding included.
     """
 
     text_encoder: nn.Module | None
@@ -39,6 +41,14 @@ class PriorObjective:
     seed: int
     snr_gamma: float | None = None
     noise_draws: int = 1
+    token_multiple: int | None = None
+
+    def num_computed_tokens(self, batch: Batch) -> int | None:
+        """Text tokens of a micro-batch that the network computes; None: all B x L."""
+        if self.token_multiple is None:
+            return None
+        unit = len(batch) * self.token_multiple
+        return min(-(-batch.num_text_tokens // unit) * unit, len(batch) * batch.text_length)
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Prepared:
@@ -65,6 +75,7 @@ class PriorObjective:
                 "encoder_hidden_states": text.last_hidden_state,
                 "attention_mask": batch.token_mask_BL,
             },
+            num_text_tokens=self.num_computed_tokens(batch),
         )
 
     def _cached(self, batch: Batch, image_embeds_BD: Tensor, mask_BL: Tensor) -> Prepared:
@@ -79,6 +90,7 @@ class PriorObjective:
                 "encoder_hidden_states": batch.text_states_BLD.to(self.normalisation.dtype),
                 "attention_mask": mask_BL,
             },
+            num_text_tokens=self.num_computed_tokens(batch),
         )
 
     def losses(self, model: nn.Module, prepared: Prepared, *, draw: Draw = TRAINING_DRAW) -> Tensor:
@@ -98,10 +110,13 @@ class PriorObjective:
         noised_ND = self.schedule.add_noise(clean_ND, noise_ND, timesteps_N)
         # One draw is given as diffusers' own forward takes it.
         shape = (len(prepared.clean),) if self.noise_draws == 1 else (len(prepared.clean), self.noise_draws)
+        # diffusers' own forward knows nothing of texts without padding either.
+        counts = {} if prepared.num_text_tokens is None else {"num_text_tokens": prepared.num_text_tokens}
         predicted = model(
             hidden_states=noised_ND.view(*shape, *embedding_shape),
             timestep=timesteps_N.view(shape),
             **prepared.conditions,
+            **counts,
         ).predicted_image_embedding
         losses_N = sample_losses(
             self.schedule,

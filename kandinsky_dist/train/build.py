@@ -114,6 +114,11 @@ def model_plan(config: Config, source: ModelSource) -> ModelPlan:
     )
 
 
+def token_multiple(config: Config) -> int:
+    """See `PriorObjective`: where code is compiled, every number of tokens is another shape."""
+    return 2 if config.parallel.compile else 1
+
+
 def prepare_kernels(config: Config, device: torch.device, precision: torch.dtype) -> None:
     """Makes sure of the kernels that are asked for, before anything slow is built.
 
@@ -157,6 +162,7 @@ def build_objective(
             seed=config.run.seed,
             snr_gamma=config.objective.snr_gamma,
             noise_draws=config.objective.noise_draws,
+            token_multiple=token_multiple(config),
         )
     movq = None
     if cache is not None:

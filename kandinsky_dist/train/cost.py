@@ -1,6 +1,6 @@
 """What a step costs, counted without computing it: the work that is done, padding and all, and no other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -13,11 +13,15 @@ from kandinsky_dist.data.cache_description import CacheDescription
 from kandinsky_dist.data.cached import blank_batch
 from kandinsky_dist.models.frozen import clip_preprocessing
 from kandinsky_dist.objectives.base import Objective, Prepared
+from kandinsky_dist.objectives.prior import PriorObjective
 from kandinsky_dist.telemetry.flops import count_flops, without_memory
 from kandinsky_dist.train.build import Folders, model_plan
 
 LENGTHS = (2, 3, 4)
 """Text lengths at which a sample is counted: products are linear in the length, attention is quadratic."""
+
+NumComputed = Callable[[Batch], int | None]
+"""Text tokens of a micro-batch that the trained model computes; None: all, padding included."""
 
 
 class StepCost:
@@ -27,23 +31,38 @@ class StepCost:
 
     Args:
         flops_by_length: FLOPs of one sample at `LENGTHS`; one figure where there is no text.
+        flops_by_padding: of those, what a padding token takes that the trained model can be spared.
+        num_computed: how many tokens it computes.
     """
 
-    def __init__(self, flops_by_length: Sequence[float]) -> None:
+    def __init__(
+        self,
+        flops_by_length: Sequence[float],
+        flops_by_padding: float = 0.0,
+        num_computed: NumComputed = lambda batch: None,
+    ) -> None:
         self._flops_by_length = flops_by_length
+        self._flops_by_padding = flops_by_padding
+        self._num_computed = num_computed
 
-    def sample(self, num_text_tokens: int) -> float:
-        """FLOPs of a sample whose text is padded to so many tokens; any number where there is no text."""
+    def sample(self, text_length: int) -> float:
+        """FLOPs of a sample with the padding of its text to a length; any number where there is no text."""
         if len(self._flops_by_length) == 1:
             return self._flops_by_length[0]
         first, second, third = self._flops_by_length
         step, bend = second - first, third - 2 * second + first
-        distance = num_text_tokens - LENGTHS[0]
+        distance = text_length - LENGTHS[0]
         return first + step * distance + bend * (distance * (distance - 1) // 2)  # Newton's interpolation
 
     def __call__(self, microbatches: Sequence[Batch]) -> float:
         """FLOPs of some micro-batches. Looks at shapes only: no host sync."""
-        return sum(len(batch) * self.sample(batch.num_text_tokens) for batch in microbatches)
+        return sum(map(self._of, microbatches))
+
+    def _of(self, batch: Batch) -> float:
+        num_tokens = len(batch) * batch.text_length
+        num_computed = self._num_computed(batch)
+        num_spared = 0 if num_computed is None else num_tokens - num_computed
+        return len(batch) * self.sample(batch.text_length) - num_spared * self._flops_by_padding
 
 
 def step_cost(
@@ -51,27 +70,35 @@ def step_cost(
 ) -> StepCost:
     """Counts a sample of a training step; with a cache there is nothing to encode."""
     plan = model_plan(replace(config, parallel=ParallelConfig()), folders.source)  # nothing recomputed
-    objective = _without_memory(objective)
+    light: Objective = _without_memory(objective)
     with torch.device("meta"):
         model = plan.build()
 
-    def step(num_text_tokens: int) -> None:
-        sample = (
-            blank_batch(cache, num_text_tokens, torch.device("meta"))
-            if cache is not None
-            else _sample(config, folders, num_text_tokens)
-        )
-        prepared = objective.prepare(sample)
-        objective.losses(model, _in_fp32(prepared))
+    def flops(objective: Objective, text_length: int, num_padding: int = 0) -> float:
+        def step() -> None:
+            sample = (
+                blank_batch(cache, text_length, torch.device("meta"))
+                if cache is not None
+                else _sample(config, folders, text_length)
+            )
+            sample = replace(sample, num_text_tokens=sample.num_text_tokens - num_padding)
+            objective.losses(model, _in_fp32(objective.prepare(sample)))
 
-    lengths = LENGTHS if config.stage == "prior" else LENGTHS[:1]
-    return StepCost([count_flops(lambda length=length: step(length)) for length in lengths])  # type: ignore[misc]
+        return count_flops(step)
+
+    if not isinstance(light, PriorObjective):
+        return StepCost([flops(light, LENGTHS[0])])
+    flops_by_length = [flops(light, length) for length in LENGTHS]
+    if light.token_multiple is None:
+        return StepCost(flops_by_length)
+    without_padding = flops(replace(light, token_multiple=1), LENGTHS[-1], num_padding=1)
+    return StepCost(flops_by_length, flops_by_length[-1] - without_padding, light.num_computed_tokens)
 
 
-def _sample(config: Config, folders: Folders, num_text_tokens: int) -> Batch:
+def _sample(config: Config, folders: Folders, text_length: int) -> Batch:
     """A micro-batch of one sample in the shapes that the run's loader gives."""
     is_prior = config.stage == "prior"
-    tokens_BL = torch.zeros(1, num_text_tokens, dtype=torch.int64)
+    tokens_BL = torch.zeros(1, text_length, dtype=torch.int64)
     return Batch(
         positions_B=torch.zeros(1, dtype=torch.int64),
         keys=[""],
@@ -79,6 +106,7 @@ def _sample(config: Config, folders: Folders, num_text_tokens: int) -> Batch:
         pixels_BCHW=None if is_prior else _pixels(config.data.resolution),
         token_ids_BL=tokens_BL if is_prior else None,
         token_mask_BL=tokens_BL.to(torch.bool) if is_prior else None,
+        num_text_tokens=text_length if is_prior else 0,
     )
 
 

@@ -52,7 +52,7 @@ def padded(batch: Batch, length: int) -> Batch:
     """The same with its texts at a length."""
     assert batch.token_ids_BL is not None
     assert batch.token_mask_BL is not None
-    missing = (0, length - batch.num_text_tokens)
+    missing = (0, length - batch.text_length)
     return replace(
         batch,
         token_ids_BL=functional.pad(batch.token_ids_BL, missing, value=49407),

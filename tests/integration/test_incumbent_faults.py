@@ -349,7 +349,7 @@ def test_b13_dropped_captions_are_the_pipelines_negative_prompt(tiny_models, sma
         states = pipeline._encode_prompt("anything", "cpu", 1, True, negative_prompt=None)
         negative = [tensor[0] for tensor in states]
     batch = batch_at(loader_of(config), range(480))
-    length = batch.num_text_tokens
+    length = batch.text_length
     negative = [
         tensor[:length] if tensor.dim() > 1 or tensor.dtype == torch.bool else tensor for tensor in negative
     ]

@@ -54,6 +54,13 @@ def cut(arguments, length):
     return {name: value[:, :length] if name in texts else value for name, value in arguments.items()}
 
 
+def packed(arguments, num_padding=0):
+    """Text cut to its longest, and computed without its padding, or with some of it."""
+    num_tokens = arguments["attention_mask"].sum().item()
+    length = arguments["attention_mask"].sum(1).max().item()
+    return cut(arguments, length) | {"num_text_tokens": num_tokens + num_padding}
+
+
 def draw(arguments, number):
     noised = ("hidden_states", "timestep")
     return {name: value[:, number] if name in noised else value for name, value in arguments.items()}
@@ -93,6 +100,39 @@ def test_outputs_and_gradients_are_diffusers(lengths, is_recomputed):
         assert found.shape == expected.shape
         compare(ours, plain, found, expected)
         (plain(**arguments).predicted_image_embedding * direction).sum().backward()
+
+
+@pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("num_padding", [0, 1, 7])
+@pytest.mark.parametrize("num_draws", [None, 1, 3])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_packed_tokens_give_what_diffusers_gives(lengths, num_draws, num_padding, is_recomputed):
+    plain, ours = networks()
+    if is_recomputed:
+        enable_gradient_checkpointing(ours)
+    arguments, target = inputs(lengths, num_draws)
+    if num_draws is None:
+        expected = plain(**arguments).predicted_image_embedding
+    else:
+        each = [plain(**draw(arguments, number)).predicted_image_embedding for number in range(num_draws)]
+        expected = torch.stack(each, dim=1)
+    (expected - target).square().mean().backward()
+    found = ours(**packed(arguments, num_padding)).predicted_image_embedding
+    (found - target).square().mean().backward()
+    assert found.shape == expected.shape
+    compare(ours, plain, found, expected)
+
+
+def test_packed_rows_are_those_of_the_text_and_what_is_behind_it():
+    _, ours = networks()
+    rows = []
+    for block in ours.transformer_blocks:
+        block.ff.register_forward_hook(lambda _module, given, _output: rows.append(len(given[0])))
+    arguments, _ = inputs([5, 9, 24], num_draws=2)
+    ours(**packed(arguments))
+    ours(**packed(arguments, num_padding=3))
+    of_all = 5 + 9 + 24 + 3 * (1 + 3 * 2)
+    assert rows == [of_all, of_all, 3 * 2, of_all + 3, of_all + 3, 3 * 2]
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
@@ -140,7 +180,7 @@ def test_bf16_differs_from_the_exact_result_by_rounding_as_diffusers_does(is_aut
         arguments, _ = inputs(lengths, dtype=dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
             theirs = plain(**arguments).predicted_image_embedding
-            found = ours(**cut(arguments, 24)).predicted_image_embedding
+            found = ours(**packed(arguments)).predicted_image_embedding
     assert found.dtype == theirs.dtype == torch.bfloat16
 
     def error(values):
@@ -160,10 +200,12 @@ def test_one_draw_needs_no_mask_but_in_the_last_layer():
     arguments, _ = inputs([5, 9, 24])
     given = []
     for block in ours.transformer_blocks:
-        block.register_forward_pre_hook(lambda _block, positional: given.append(positional[1]))
-    ours(**cut(arguments, 24))
-    assert given[:-1] == [None] * (NUM_LAYERS - 1)
-    assert given[-1].shape == (3, 1, 28)
+        block.register_forward_pre_hook(lambda _block, positional: given.append(positional[3]))
+    for texts in (cut(arguments, 24), packed(arguments)):
+        given.clear()
+        ours(**texts)
+        assert given[:-1] == [None] * (NUM_LAYERS - 1)
+        assert given[-1].shape == (3, 1, 28)
 
 
 def test_the_last_layer_computes_what_is_read():
@@ -171,11 +213,11 @@ def test_the_last_layer_computes_what_is_read():
     rows = {}
     for name in ("transformer_blocks.1.ff", "transformer_blocks.2.ff", "transformer_blocks.2.attn1.to_q"):
         ours.get_submodule(name).register_forward_hook(
-            lambda _module, given, _output, name=name: rows.__setitem__(name, given[0].shape[1])
+            lambda _module, given, _output, name=name: rows.__setitem__(name, len(given[0]))
         )
     arguments, _ = inputs([5, 9], num_draws=4)
     ours(**cut(arguments, 16))
-    assert list(rows.values()) == [16 + 1 + 3 * 4, 4, 4]
+    assert list(rows.values()) == [2 * (16 + 1 + 3 * 4), 2 * 4, 2 * 4]
 
 
 def test_every_attention_kernel_gives_the_same():
@@ -184,7 +226,7 @@ def test_every_attention_kernel_gives_the_same():
     found = []
     for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel(backend):
-            found.append(ours(**cut(arguments, 24)).predicted_image_embedding)
+            found.append(ours(**packed(arguments)).predicted_image_embedding)
     torch.testing.assert_close(*found, atol=1e-12, rtol=1e-12)
 
 

@@ -99,11 +99,12 @@ def test_several_noise_draws_are_the_mean_of_as_many_losses(tiny_models, small_c
     losses_B.mean().backward()
     theirs = folders.source.build()
     theirs.load_state_dict(folders.source.state_dict())
-    single, whole = replace(objective, noise_draws=1), objective.prepare(padded(batch, 77))
+    single = replace(objective, noise_draws=1, token_multiple=None)
+    whole = single.prepare(padded(batch, 77))
     draws = [Draw(number, 3) for number in range(3)]
     expected_B = torch.stack([single.losses(theirs, whole, draw=draw) for draw in draws]).mean(0)
     expected_B.mean().backward()
-    assert batch.num_text_tokens < whole.conditions["attention_mask"].shape[1] == 77
+    assert batch.text_length < whole.conditions["attention_mask"].shape[1] == 77
     torch.testing.assert_close(losses_B, expected_B)
     for (name, parameter), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         if parameter.requires_grad:
@@ -115,7 +116,7 @@ def test_what_is_prepared_of_a_cut_text_is_the_beginning_of_the_whole(tiny_model
     config = configuration("prior", models=tiny_models, corpus=small_corpus)
     objective, batch = objective_of(config), batch_at(loader_of(config), range(8))
     cut, whole = objective.prepare(batch).conditions, objective.prepare(padded(batch, 77)).conditions
-    length = batch.num_text_tokens
+    length = batch.text_length
     assert length % 8 == 0
     assert length - 8 < int(batch.token_mask_BL.sum(1).max()) <= length < 77
     assert torch.equal(whole["attention_mask"][:, :length], cut["attention_mask"])

@@ -30,7 +30,7 @@ def test_a_prior_step_costs_what_is_done_at_its_batches_lengths(settings, tiny_m
     batches.append(batch_at(loader, [5]))
     cost = step_cost(config, build.Folders.of(config), objective)
     for batch in batches:
-        assert cost([batch]) == counted(config, objective, [batch]), batch.num_text_tokens
+        assert cost([batch]) == counted(config, objective, [batch]), batch.text_length
     assert cost(batches) == sum(cost([batch]) for batch in batches)
     assert cost([batches[0]]) < cost([batches[2]])
 
