@@ -70,7 +70,9 @@ def predicted(record: Record, links: Links) -> list[Row]:
                 "strategy": row["strategy"],
                 "mode": row["mode"],
                 "num_ranks": row["world_size"],
-                "measured_seconds": median(row["step_seconds"]),
+                "measured_seconds": median(
+                    row["reduced_seconds" if _is_beside(record, row) else "step_seconds"]
+                ),
                 "predicted_seconds": _seconds(record, row, alone, links),
             }
         )
@@ -87,18 +89,34 @@ def _alone(record: Record, row: Row) -> Row | None:
     return None
 
 
+def _is_beside(record: Record, row: Row) -> bool:
+    """Whether there are steps of as many ranks that left their gradients unreduced, on a CPU.
+
+    Ranks with cores of their own share its memory all the same, which a rank alone has for itself. Such
+    steps, and others with the exchange in turns with them, show what it adds.
+    """
+    return record.setting["device_type"] == "cpu" and bool(row.get("silent_seconds"))
+
+
 def _seconds(record: Record, row: Row, alone: Row, links: Links) -> float:
     """The model's step.
 
     Where ranks share one CPU's cores, all their work is done by the same cores one after the other, and so is
     communication, which then hides behind nothing.
+
+    Where the computing was measured with all ranks beside each other, the model only has to say what the
+    exchange adds.
     """
     num_ranks, strategy = row["world_size"], row["strategy"]
-    update = alone["parts"]["optimizer"]
-    working = median(alone["step_seconds"]) - update
+    is_beside = _is_beside(record, row)
+    computing = row if is_beside else alone
+    update = computing["parts"]["optimizer"]
+    working = median(computing["silent_seconds" if is_beside else "step_seconds"]) - update
     share = 1.0 if strategy in REPLICATED else 1.0 / num_ranks
     num_micro = row["global_batch_size"] // (row["micro_batch_size"] * num_ranks)
-    num_micro_alone = alone["global_batch_size"] // alone["micro_batch_size"]
+    num_micro_of_computing = computing["global_batch_size"] // (
+        computing["micro_batch_size"] * computing["world_size"]
+    )
     time = step_time(
         ParallelConfig(strategy=strategy),
         traffic(row["stage"], record.setting["size"], PRECISIONS[row["precision"]]),
@@ -106,9 +124,9 @@ def _seconds(record: Record, row: Row, alone: Row, links: Links) -> float:
         num_ranks=num_ranks,
         ranks_per_node=num_ranks,
         num_micro=num_micro,
-        micro_seconds=working / num_micro_alone,
+        micro_seconds=working / num_micro_of_computing,
     )
-    if not record.setting["shares_cores"]:
+    if is_beside or not record.setting["shares_cores"]:
         return time.compute + time.exposed + update * share
     return num_ranks * (time.compute + update * share) + time.communication
 

@@ -68,8 +68,8 @@ of a network that cannot keep up.
 """
 MEASURED = """
 Steps of several ranks by `bench scaling`, predicted from the step of one rank and the collectives that `bench
-comm` measured on the same machine. Where ranks share the cores of one CPU, these do all ranks' work and all
-communication one after the other.
+comm` measured on the same machine. Ranks of one CPU share its memory, and some its cores: for ddp there the
+model is given what as many ranks take that exchange nothing, and has to say what the exchange adds.
 """
 NOTES = """
 **Memory.** States: the formulas of [memory.md](memory.md), held there against living tensors. Activations:

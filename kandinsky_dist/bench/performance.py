@@ -1,6 +1,6 @@
 """The page of documentation about throughput: what a folder of records renders, and nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,10 +112,8 @@ def to_markdown(folder: Path) -> str:
         parts.append(NOTHING_YET)
     for path, record in trained.items():
         parts += _train(path, record)
-    ladders = [record for record in trained.values() if record.setting["has_ladder"]]
-    if ladders:
-        parts += _targets(ladders)
-        parts += _without_gain(ladders)
+    parts += _targets(trained.values())
+    parts += _without_gain([record for record in trained.values() if record.setting["has_ladder"]])
     for path, record in scaled.items():
         parts += _scaling(path, record)
     if trained or scaled:
@@ -163,7 +161,8 @@ def _levers(rows: Sequence[Row]) -> list[str]:
     return ["\n".join(lines) + "\n"] if lines else []
 
 
-def _targets(records: Sequence[Record]) -> list[str]:
+def _targets(records: Iterable[Record]) -> list[str]:
+    """Each aim beside every record that can tell: one ladder has few turns, two cases alone may have many."""
     lines: list[tuple[Record, Target, Row | None, float | None]] = []
     for record in records:
         for target in TARGETS:
@@ -176,7 +175,8 @@ def _targets(records: Sequence[Record]) -> list[str]:
                 if target.is_of(row, rows[0]) and (times := ratio(row, rows[0])) is not None
             ]
             times, best = max(found, key=lambda pair: pair[0], default=(None, None))
-            lines.append((record, target, best, times))
+            if best is not None or record.setting["has_ladder"]:
+                lines.append((record, target, best, times))
     if not lines:
         return []
     columns = [
@@ -185,6 +185,7 @@ def _targets(records: Sequence[Record]) -> list[str]:
         Column("encoders", lambda line: "cached" if line[1].is_cached else "live", is_number=False),
         Column("aim: times the incumbent", lambda line: f"{line[1].times:g}"),
         Column("measured", lambda line: "-" if line[3] is None else f"{line[3]:.2f}"),
+        Column("turns", lambda line: str(line[0].setting["num_repeats"])),
         Column("by", lambda line: line[2]["case"] if line[2] else "not measured", is_number=False),
         Column(
             "reached",

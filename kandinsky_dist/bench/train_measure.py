@@ -29,7 +29,9 @@ class Plan:
 
     Attributes:
         num_warmup: steps of a case before its first turn, and half as many before each further one.
-        num_steps: of a turn.
+        num_steps: of a turn of the first case.
+        most_times: a faster case makes as many more steps in a turn as it is faster, up to so many times: a
+            turn that is over in a moment says more of that moment than of the case.
         num_repeats: turns of each case; their median counts.
         num_alive: cases that hold memory at once, the first one among them; 0: all of a stage.
     """
@@ -38,6 +40,7 @@ class Plan:
     num_steps: int
     num_repeats: int
     num_alive: int
+    most_times: int = 4
 
 
 def check_plan(plan: Plan) -> None:
@@ -93,6 +96,7 @@ def _measure_group(
     group: Sequence[Case], plan: Plan, folder: Path, found: Mapping[str, _Found], bar: Any
 ) -> None:
     teams: dict[str, Team] = {}
+    step_seconds: dict[str, float] = {}
 
     def fail(name: str, error: CaseFailedError) -> None:
         found[name].note = str(error)
@@ -119,13 +123,16 @@ def _measure_group(
         for case in group:
             if case.name in teams:
                 more = COMPILE_STEPS if case.way == "ours" and case.config.parallel.compile else 0
-                take(case, Turn(plan.num_warmup + more, 1))
+                if result := take(case, Turn(plan.num_warmup + more, 1)):
+                    step_seconds[case.name] = result["step_seconds"]
         for _ in range(plan.num_repeats):
             baseline_seconds = None
             for case in group:
                 result = None
                 if case.name in teams:
-                    result = take(case, Turn(plan.num_warmup // 2, plan.num_steps))
+                    faster = step_seconds.get(group[0].name, 0.0) / step_seconds[case.name]
+                    num_steps = plan.num_steps * min(plan.most_times, max(1, round(faster)))
+                    result = take(case, Turn(plan.num_warmup // 2, num_steps))
                 if result is None:
                     continue
                 if case is group[0]:

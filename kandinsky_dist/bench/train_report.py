@@ -14,8 +14,9 @@ DASH = "-"
 HOW = """
 Networks of `--size {size}` with random weights, {ranks}; all cases of a stage have the same samples,
 weights and batch. Every case is a training of its own, in processes that stay, and the cases take turns:
-medians of {turns} of {steps}, after {warmup} to warm up. A ratio is the
-median of those within each round. All of it, networks and corpus included, took {minutes:.1f} minutes.
+medians of {turns} of {steps}, of up to {most} for cases that are faster than the first, after {warmup} to
+warm up. A ratio is the median of those within each round. All of it, networks and corpus included, took
+{minutes:.1f} minutes.
 """
 CORPUS = """
 The corpus: {num_samples} JPEG photographs of {photograph_size} px, captions of {mean_caption_tokens:.1f}
@@ -135,6 +136,7 @@ def how(record: Record) -> str:
         ranks=ranks,
         turns=count(setting["num_repeats"], "turn"),
         steps=count(setting["num_steps"], "step"),
+        most=setting["num_steps"] * setting["most_times"],
         warmup=count(setting["num_warmup"], "step"),
         minutes=setting["seconds"] / 60,
     )

@@ -64,7 +64,7 @@ def add_estimate(commands: Any) -> None:
     parser.add_argument("--gpu", choices=GPU_NAMES, default="h100", help="kind of GPU (default: h100)")
     parser.add_argument("--nic-gbits", type=float, help="Gb/s of a GPU's NIC (default: its usual server's)")
     parser.add_argument(
-        "--text-tokens", type=int, help="tokens of the longest caption of a micro-batch (default: 77)"
+        "--text-tokens", type=int, help="tokens of a caption, in the mean over a micro-batch (default: 77)"
     )
     parser.add_argument(
         "--record", type=Path, help="JSON of bench train on one such GPU: its times, in place of --mfu"

@@ -109,8 +109,8 @@ class DataConfig:
     )
     group_by_length: bool = option(
         True,
-        "source=cached: captions of one length share a micro-batch, so that little is padded; which samples "
-        "make a step stays as it is",
+        "source=cached: captions of one length share a micro-batch, so that attention has little padding and "
+        "compiled code few shapes; which samples make a step stays as it is",
         stage="prior",
     )
     image_embedding_dropout: float = option(

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from typing import Any
 
 from kandinsky_dist.config.schema import Config, ParallelConfig
 from kandinsky_dist.estimate.links import Gpu, Links
 from kandinsky_dist.estimate.memory import GIB, HEADROOM, Memory, memory
-from kandinsky_dist.estimate.survey import Survey
+from kandinsky_dist.estimate.survey import HOLDS_FP32_WEIGHTS, Activations, Survey
 from kandinsky_dist.estimate.time import Compute, StepTime, Traffic, step_time
 
 DEFAULT_MFU = 0.365
@@ -162,15 +163,17 @@ class Forecaster:
             num_averages=num_averages,
             jitter=self.assumptions.jitter,
         )
-        activations = self.survey.activations(
-            parallel.strategy in ("ddp", "zero0"), self.precision, parallel.gradient_checkpointing
-        )
         free = cluster.room - held.resident
-        largest = activations.largest(free)
+        largest = self._activations(parallel).largest(free)
         if self.survey.encoding_per_sample:
             largest = min(largest, max(0, int(free // self.survey.encoding_per_sample)))
         return Forecast(
             parallel, cluster.num_gpus, total, micro, num_micro, held, time, cluster.room, largest
+        )
+
+    def _activations(self, parallel: ParallelConfig) -> Activations:
+        return self.survey.activations(
+            parallel.strategy in HOLDS_FP32_WEIGHTS, self.precision, parallel.gradient_checkpointing
         )
 
     def _compute(self, cluster: Cluster, parallel: ParallelConfig, micro: int) -> tuple[float, float]:
@@ -195,10 +198,11 @@ class Forecaster:
                 is_recomputed=parallel.gradient_checkpointing,
                 num_samples=size,
             )
-            if asked.memory.resident + found.peak <= cluster.room:
+            excess = asked.memory.resident + found.peak - cluster.room
+            if excess <= 0:
                 return size
             # Far from the sizes that the line goes through it may lie below the truth, by little.
-            size = min(size - 1, int(size * 0.98))
+            size -= max(1, ceil(excess / self._activations(parallel).per_sample))
         return 0
 
     def candidates(self, cluster: Cluster) -> list[Forecast]:

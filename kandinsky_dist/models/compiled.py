@@ -1,7 +1,7 @@
 """torch.compile by region: the layers that repeat, not whole networks.
 
 A region's graph serves every layer of its kind, so the prior's twenty layers cost one compilation. Shapes are
-static: the few text lengths and aspect ratios that occur get a graph each, with kernels made for them. Only
+static: the few numbers of tokens and aspect ratios that occur get a graph each, with kernels for them. Only
 `forward` is wrapped, on the instance: parameter names do not change, and the hooks of engines, which gather
 weights before a block and reduce gradients behind it, stay outside the graph. Recomputation in backward is
 part of the graph, so it is switched on before.
@@ -24,10 +24,11 @@ from kandinsky_dist.models.blocks import blocks
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
-MAX_GRAPHS = 128
+MAX_GRAPHS = 512
 """Graphs of one kind of layer. Nine aspect ratios of three U-Net blocks of a class, in training and in
-validation, are 54; ten text lengths of a prior layer 20. torch's own limit is 8; beyond it a whole graph is
-refused with an error."""
+validation, are 54. The longest text of a prior's micro-batch has ten lengths, and the mean 36 values, two
+tokens apart: a few dozen pairs occur, as the mean is at most the longest and of many captions hardly moves.
+torch's own limit is 8; beyond it a whole graph is refused with an error."""
 
 COMPILERS = {"cpu": ("CXX", ("g++", "clang++")), "cuda": ("CC", ("gcc", "cc", "clang"))}
 """Device -> variable that names the compiler which generated code needs on the host, and the usual names."""

@@ -58,8 +58,8 @@ def prior_of(tiny_models):
     return model
 
 
-def step(model, length):
-    """Loss and gradients of texts of some length."""
+def step(model, length, num_text_tokens=None):
+    """Loss and gradients of two texts, one of some length and one of 5 tokens."""
     generator = torch.Generator().manual_seed(length)
     width = model.config.embedding_dim
     predicted = model(
@@ -68,6 +68,7 @@ def step(model, length):
         torch.randn(2, width, generator=generator),
         torch.randn(2, length, width, generator=generator),
         torch.arange(length)[None] < torch.tensor([[length], [5]]),
+        num_text_tokens,
     ).predicted_image_embedding
     model.zero_grad()
     loss = predicted.square().mean()
@@ -96,6 +97,16 @@ def test_a_length_costs_two_graphs_for_all_layers_and_then_nothing(is_recomputed
         num_graphs, _ = graphs_of(lambda: [step(model, length) for length in reversed(lengths)])
     assert num_graphs == 0
     assert list(model.state_dict()) == names
+
+
+def test_packed_texts_cost_two_graphs_for_each_number_of_tokens(tiny_models):
+    plain, model = prior_of(tiny_models), prior_of(tiny_models)
+    compiled.compile_blocks(model, backend="aot_eager")
+    for length, num_text_tokens, expected_graphs in ((16, 24, 2), (24, 32, 2), (16, 24, 0), (24, 36, 2)):
+        num_graphs, (_, gradients) = graphs_of(lambda of=(length, num_text_tokens): step(model, *of))
+        assert num_graphs == expected_graphs
+        for name, gradient in step(plain, length)[1].items():
+            torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_more_shapes_than_there_is_room_for_are_an_error_and_not_a_slow_layer(tiny_models):

@@ -15,6 +15,7 @@ TOLERANCE = 0.15
 
 
 def record(case, rows, device="CPU", **setting):
+    setting = {"device_type": "cpu", **setting}
     return Record.now(case, device=device, command=f"bench {case}", setting=setting, rows=rows)
 
 
@@ -74,6 +75,19 @@ def test_devices_of_their_own_hide_communication():
     (found,) = predicted(record("scaling", rows, size="tiny", shares_cores=False), links_of(comm()))
     exchanged = 4 * traffic("prior", "tiny", "fp32").num_trained * 1e-9
     assert found["predicted_seconds"] == pytest.approx(0.5 + exchanged), "one bucket, nothing to hide behind"
+
+
+def test_on_a_cpu_the_exchange_comes_on_top_of_what_ranks_compute_beside_each_other():
+    together = row(2, [9.0], reduced_seconds=[0.8, 0.9], silent_seconds=[0.6, 0.7])
+    rows = [row(1, [0.5]), together]
+    exchanged = 4 * traffic("prior", "tiny", "fp32").num_trained * 1e-9
+    for shares_cores in (False, True):
+        setting = {"size": "tiny", "shares_cores": shares_cores}
+        (found,) = predicted(record("scaling", rows, **setting), links_of(comm()))
+        assert found["measured_seconds"] == pytest.approx(0.85)
+        assert found["predicted_seconds"] == pytest.approx(0.65 + exchanged)
+        (found,) = predicted(record("scaling", rows, device_type="cuda", **setting), links_of(comm()))
+        assert found["measured_seconds"] == 9.0
 
 
 def test_a_row_without_one_of_a_single_rank_is_left_out():

@@ -147,6 +147,12 @@ def test_combinations_are_every_value_with_every_other():
     ] == [("ddp", 2, 4), ("ddp", 8, 16), ("fsdp2", 2, 4), ("fsdp2", 8, 16)]
 
 
+def test_combinations_have_the_micro_batches_of_the_baseline():
+    common = {**COMMON, "data.micro_batch_size": "4", "data.global_batch_size": "24"}
+    (case,) = combinations("prior", common, [["data.micro_batch_size", "2"]], world_size=2)
+    assert case.config.data.global_batch_size == 2 * 3 * 2, "three of a rank"
+
+
 @pytest.mark.parametrize(
     ("vary", "message"),
     [
