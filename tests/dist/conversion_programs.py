@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,9 @@ def go_on_beside_a_script(
             rate = trainer.learning_rate()
             prepared = [trainer.objective.prepare(batch) for batch in microbatches]
             for batch in microbatches:
-                # Their forward takes 77 tokens, no fewer.
+                # Their forward takes 77 tokens, no fewer, and computes the padding.
                 whole = trainer.objective.prepare(batch if stage == "decoder" else padded(batch, 77))
-                losses_B = trainer.objective.losses(theirs, whole)
+                losses_B = trainer.objective.losses(theirs, replace(whole, num_text_tokens=None))
                 (losses_B.mean() / len(microbatches)).backward()
             torch.nn.utils.clip_grad_norm_(theirs.parameters(), trainer.config.optim.max_grad_norm)
             for group in optimizer.param_groups:
