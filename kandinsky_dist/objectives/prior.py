@@ -28,8 +28,8 @@ class PriorObjective:
         seed: of noise and timesteps.
         snr_gamma: min-SNR weighting, or None.
         noise_draws: K, noises and timesteps of a sample in one forward pass, which share its text.
-        token_multiple: the text tokens that are computed are a multiple of so many a sample: 1 is those that
-            there are, more is fewer shapes; None: every text is as long as the longest, padding included.
+        token_multiple: the text tokens that are computed are a multiple of so many a sample, for few shapes;
+            0: those that there are; None: every text is as long as the longest, padding included.
     """
 
     text_encoder: nn.Module | None
@@ -47,7 +47,7 @@ class PriorObjective:
         """Text tokens of a micro-batch that the network computes; None: all B x L."""
         if self.token_multiple is None:
             return None
-        unit = len(batch) * self.token_multiple
+        unit = max(1, len(batch) * self.token_multiple)
         return min(-(-batch.num_text_tokens // unit) * unit, len(batch) * batch.text_length)
 
     @torch.no_grad()

@@ -116,7 +116,7 @@ def model_plan(config: Config, source: ModelSource) -> ModelPlan:
 
 def token_multiple(config: Config) -> int:
     """See `PriorObjective`: where code is compiled, every number of tokens is another shape."""
-    return 2 if config.parallel.compile else 1
+    return 2 if config.parallel.compile else 0
 
 
 def prepare_kernels(config: Config, device: torch.device, precision: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""What a step costs, counted without computing it: the work that is done, padding and all, and no other."""
+"""What a step costs, counted without computing it: the work that is done, and no other."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -91,7 +91,7 @@ def step_cost(
     flops_by_length = [flops(light, length) for length in LENGTHS]
     if light.token_multiple is None:
         return StepCost(flops_by_length)
-    without_padding = flops(replace(light, token_multiple=1), LENGTHS[-1], num_padding=1)
+    without_padding = flops(replace(light, token_multiple=0), LENGTHS[-1], num_padding=1)
     return StepCost(flops_by_length, flops_by_length[-1] - without_padding, light.num_computed_tokens)
 
 

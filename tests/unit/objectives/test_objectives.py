@@ -111,6 +111,18 @@ def test_several_noise_draws_are_the_mean_of_as_many_losses(tiny_models, small_c
             torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_a_run_computes_the_tokens_that_there_are_or_a_few_more_where_it_compiles(tiny_models, small_corpus):
+    config = configuration("prior", models=tiny_models, corpus=small_corpus)
+    objective, batch = objective_of(config), batch_at(loader_of(config), range(8))
+    num_tokens = int(batch.token_mask_BL.sum())
+    assert batch.num_text_tokens == objective.prepare(batch).num_text_tokens == num_tokens
+    rounded = replace(objective, token_multiple=2).prepare(batch).num_text_tokens
+    assert rounded % 16 == 0
+    assert num_tokens <= rounded < num_tokens + 16
+    full = replace(batch, num_text_tokens=8 * batch.text_length - 1)
+    assert replace(objective, token_multiple=3).num_computed_tokens(full) == 8 * batch.text_length
+
+
 def test_what_is_prepared_of_a_cut_text_is_the_beginning_of_the_whole(tiny_models, small_corpus):
     """The text encoder is causal, and pools at each caption's first end token."""
     config = configuration("prior", models=tiny_models, corpus=small_corpus)
