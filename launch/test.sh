@@ -21,6 +21,8 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
 fi
 
 failed=()
+failed_tests=.pytest_cache/v/cache/lastfailed  # pytest adds to it from tier to tier
+rm -f "$failed_tests"
 # Runs a check to its end and goes on to the next one, so that one run tells all there is to mend.
 check() {
   local name=$1 outcome=0
@@ -43,6 +45,8 @@ check "slurm tests" pytest --durations=5 -m slurm
 
 if [ "${#failed[@]}" -gt 0 ]; then
   printf '\nFailed: %s\n' "$(IFS=';'; echo "${failed[*]}")"
+  # Last, and by name alone: all else about them may lie pages further up.
+  [ ! -f "$failed_tests" ] || sed -n 's/^ *"\(.*\)": true,\{0,1\}$/  \1/p' "$failed_tests"
   exit 1
 fi
 say "All passed in $((SECONDS / 60)) min $((SECONDS % 60)) s"

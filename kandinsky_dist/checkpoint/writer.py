@@ -108,7 +108,8 @@ class Writer:
         agree.decided_by_first(self._fence.check, self._group)
 
     def _finish(self, temporary: Path, final: Path, files: dict[str, Any], state: RunState) -> None:
-        commit(temporary, final, files, SavedState(state, self._identity, versions()), self._config_yaml)
+        saved = SavedState(state, self._identity, versions())
+        commit(temporary, final, files, saved, self._config_yaml, check=self._fence.check)
         self._given_up.discard(final)
         self._retain(state)
 
@@ -127,11 +128,13 @@ class Writer:
         healthy = [path for path in finished if step_of(path) <= state.health.last_healthy_step]
         for path in checkpoints_of(self._folder):
             if path not in finished[: self._keep] and path not in healthy[:1]:
+                self._fence.check()
                 try:
                     remove(path)
                 except OSError as error:  # on NFS a file that somebody reads keeps its folder
                     say(f"{path} is no longer needed and cannot be removed: {error.strerror}", self._process)
         for path in self._folder.glob(f"step_*{TEMPORARY}"):
+            self._fence.check()
             shutil.rmtree(path, ignore_errors=True)
 
     def _attempt(self, action: Callable[[], Any]) -> Any:
@@ -150,7 +153,14 @@ class Writer:
         return result
 
 
-def commit(temporary: Path, final: Path, files: dict[str, Any], saved: SavedState, config_yaml: str) -> None:
+def commit(
+    temporary: Path,
+    final: Path,
+    files: dict[str, Any],
+    saved: SavedState,
+    config_yaml: str,
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Makes a whole checkpoint of a folder in which the tensors of all ranks are; durable on return.
 
     Args:
@@ -159,14 +169,18 @@ def commit(temporary: Path, final: Path, files: dict[str, Any], saved: SavedStat
         files: checksum of each file of tensors, by its name.
         saved: goes into state.json.
         config_yaml: the resolved configuration.
+        check: called before each change to `final`, and raises where that is no longer ours: a process that
+            was held for a while in the middle of this goes on here.
     """
     write_state(temporary / STATE, saved)
     write_whole(temporary / CONFIG, config_yaml)
     files = files | {name: checksum(temporary / name) for name in (STATE, CONFIG)}
+    check()
     if final.exists():
         remove(final)
     temporary.replace(final)
     sync(final.parent)
+    check()
     write_whole(final / COMMIT, json.dumps({"files": files}, indent=1) + "\n")
 
 

@@ -8,7 +8,7 @@ from helpers import forked, running
 from helpers.command import keys, losses, train_arguments
 from helpers.running import ranks_of, wait_until
 
-from kandinsky_dist.checkpoint.files import checkpoints_of, damage
+from kandinsky_dist.checkpoint.files import checkpoints_of, checksum, damage
 from kandinsky_dist.faults.fence import read_owner
 
 pytestmark = pytest.mark.dist
@@ -58,8 +58,8 @@ def saved_step(run_dir: Path) -> int:
     return int(checkpoints_of(run_dir / "checkpoints")[0].name.removeprefix("step_"))
 
 
-def content(run_dir: Path) -> dict[str, bytes]:
-    """All that counts in a run folder."""
+def content(run_dir: Path) -> dict[str, str]:
+    """All that counts in a run folder: the sum of each file, as a difference is printed."""
     found = [run_dir / "metrics.jsonl", run_dir / "owner.json", run_dir / "config.yaml"]
     found += sorted((run_dir / "checkpoints").rglob("*"))
-    return {str(path): path.read_bytes() for path in found if path.is_file()}
+    return {str(path): checksum(path)["sha256"] for path in found if path.is_file()}
