@@ -108,8 +108,10 @@ class PadFreePrior(PriorTransformer):
         for block in blocks:
             hidden_RD = block(hidden_RD, layout.shape, layout.packed_R, visible_BSS)
         read_ND = last(hidden_RD, layout.shape, layout.packed_R, layout.visible_to_read(), layout.read_rows())
-        predicted_NE = self.proj_to_clip_embeddings(self.norm_out(read_ND))
-        return PriorTransformerOutput(predicted_image_embedding=predicted_NE.view_as(hidden_states))
+        predicted = self.proj_to_clip_embeddings(self.norm_out(read_ND))
+        if hidden_states.dim() == 3:
+            predicted = predicted.view_as(hidden_states).clone()  # FSDP2 warns of a view
+        return PriorTransformerOutput(predicted_image_embedding=predicted)
 
 
 class _Layout:

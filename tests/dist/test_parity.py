@@ -50,6 +50,7 @@ def test_losses_and_keys_are_those_of_one_process(
         strategy=strategy,
     )
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     difference = max(abs(a - b) for a, b in zip(losses(tmp_path), losses(reference), strict=True))
     print(f"{stage} {strategy} on {world_size}: largest difference of a loss {difference:.1e}")
     assert difference <= 1e-5
@@ -97,6 +98,7 @@ def test_several_noise_draws_are_one_process_too(
         strategy=strategy,
     )
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     assert losses(tmp_path) == pytest.approx(losses(one_process_of_draws), abs=1e-5)
 
 

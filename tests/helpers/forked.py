@@ -21,21 +21,15 @@ from helpers.command import train_arguments
 from torch.distributed import TCPStore
 
 Result = TypeVar("Result")
-# Imported by any run. In Python 3.11 the server does not see this folder, so these are installed modules.
-PRELOADED = [
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # brings inductor, which takes as long as all else
-    "kandinsky_dist.checkpoint.export",
-    "kandinsky_dist.models.init",
-    "kandinsky_dist.train.trainer",
-    "diffusers.schedulers.scheduling_ddpm",
-    "diffusers.models.autoencoders.vq_model",
-    "diffusers.models.transformers.prior_transformer",
-    "diffusers.models.unets.unet_2d_condition",
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.clip.tokenization_clip",
-]
-# One thread a process: OpenMP reads this when torch is imported, in the fork server.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+# One thread a process: OpenMP reads this when torch is imported, in the fork server. In Python 3.11 that does
+# not see this folder by itself.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    ),
+}
 
 
 def train(
@@ -147,7 +141,7 @@ def _start(
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["helpers.preload"])
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)  # the server is started with the first process and keeps what it finds
     try:
