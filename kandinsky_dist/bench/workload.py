@@ -49,9 +49,9 @@ def random_weights(build: Callable[[], nn.Module]) -> dict[str, Tensor]:
 
 
 def workload(
-    stage: Stage, size: Size, process: Process, *, num_samples: int = 1
+    stage: Stage, size: Size, process: Process, *, num_samples: int = 1, num_tokens: int = MAX_TOKENS
 ) -> tuple[Objective, Prepared]:
-    """The stage's loss and a micro-batch as its frozen encoders would leave it."""
+    """The stage's loss and a micro-batch as its frozen encoders would leave it, of texts without padding."""
     shapes = architecture(size)
     normal = partial(torch.randn, device=process.device)
     first = process.rank * num_samples
@@ -60,14 +60,14 @@ def workload(
     absent: dict[str, Any] = {"image_encoder": nn.Identity(), "seed": 0}
     pixels = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), torch.float32)
     if stage == "prior":
-        mask_BT = torch.ones(num_samples, MAX_TOKENS, dtype=torch.bool, device=process.device)
+        mask_BT = torch.ones(num_samples, num_tokens, dtype=torch.bool, device=process.device)
         width = shapes.prior["embedding_dim"]
         prepared = Prepared(
             positions_B,
             normal(num_samples, width),
             {
                 "proj_embedding": normal(num_samples, width),
-                "encoder_hidden_states": normal(num_samples, MAX_TOKENS, width),
+                "encoder_hidden_states": normal(num_samples, num_tokens, width),
                 "attention_mask": mask_BT,
             },
         )

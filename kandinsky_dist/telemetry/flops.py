@@ -10,7 +10,7 @@ gradient, so it is counted with it: half the work of a count, which every start 
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -39,7 +39,8 @@ def count_flops(function: Callable[[], Any]) -> float:
 class Products(TorchFunctionMode):
     """Counts the products of what runs inside, under a fake mode that is already on too.
 
-    Norms, activations and dropout are passed over, as they change no shape: they would take most of the time.
+    Norms, activations and dropout are passed over, as they change no shape; linear functions and attention
+    give an empty tensor of theirs. Torch's own look at such shapes would take most of the time.
 
     Attributes:
         flops: so far.
@@ -67,18 +68,23 @@ class Products(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _SHAPELESS and _adds_no_gradient(args, kwargs):
             return args[0]
-        result = func(*args, **kwargs)
+        tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
         if func in _ATTENTION:
-            query_BHQC, key_BHSC, value_BHSC = args[:3]
+            query_BHQC, key_BHSC, value_BHSC = tensors[:3]
             size = prod(query_BHQC.shape[:-1]) * key_BHSC.shape[-2]
             self._add(size * key_BHSC.shape[-1], query_BHQC.requires_grad, key_BHSC.requires_grad)
             weights_need_grad = query_BHQC.requires_grad or key_BHSC.requires_grad
             self._add(size * value_BHSC.shape[-1], weights_need_grad, value_BHSC.requires_grad)
-        elif func in _PRODUCTS:
-            operands = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
-            left, right = operands[_PRODUCTS[func] :][:2]
-            inner = right[0].numel() if func in _CONVOLUTIONS else left.shape[-1]
-            self._add(result.numel() * inner, left.requires_grad, right.requires_grad)
+            return _made_of(tensors, (*query_BHQC.shape[:-1], value_BHSC.shape[-1]))
+        if func not in _PRODUCTS:
+            return func(*args, **kwargs)
+        left, right = tensors[_PRODUCTS[func] :][:2]
+        if func is functional.linear:
+            result = _made_of(tensors, (*left.shape[:-1], right.shape[0]))
+        else:
+            result = func(*args, **kwargs)
+        inner = right[0].numel() if func in _CONVOLUTIONS else left.shape[-1]
+        self._add(result.numel() * inner, left.requires_grad, right.requires_grad)
         return result
 
     def _add(self, num_multiplications: int, *operands_require_grad: bool) -> None:
@@ -111,6 +117,14 @@ def _adds_no_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether the result requires a gradient just where the first argument does."""
     tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
     return tensors[0].requires_grad or not any(item.requires_grad for item in tensors)
+
+
+def _made_of(tensors: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """A product's result: of the type of its weights, and with a gradient where an operand has one."""
+    result = tensors[1].new_empty(shape)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        result = result.requires_grad_().clone()  # no leaf: these cannot be changed in place
+    return result
 
 
 def without_memory(module: nn.Module) -> nn.Module:
