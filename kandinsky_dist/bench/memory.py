@@ -25,6 +25,7 @@ from kandinsky_dist.optional import require
 from kandinsky_dist.parallel.base import ModelPlan
 from kandinsky_dist.parallel.select import select
 from kandinsky_dist.runtime import agree
+from kandinsky_dist.runtime.heap import give_back_freed_memory
 from kandinsky_dist.runtime.process import Process, joined
 
 # zero3 last: deepspeed.zero.Init replaces torch's linear function for the rest of the process.
@@ -83,6 +84,7 @@ def _measure_all(cases: Sequence[Case]) -> tuple[list[dict[str, Any]], str]:
     """What each rank runs; all ranks' rows on every rank."""
     rows = []
     with joined() as process:
+        give_back_freed_memory()
         # The first case in a process also loads libraries, which its figure of the process would contain.
         _measure(replace(cases[0], size="tiny"), process)
         for case in cases:

@@ -1,6 +1,5 @@
 """This process among all ranks: its device, and the process group for as long as it trains."""
 
-import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from kandinsky_dist.config.ranks import read_ranks
 from kandinsky_dist.errors import ConfigError, StoppedError
+from kandinsky_dist.runtime.heap import keep_freed_memory
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -108,7 +108,7 @@ def device_of(local_rank: int) -> torch.device:
         ConfigError: more processes than GPUs.
     """
     if not torch.cuda.is_available():
-        _keep_freed_memory()
+        keep_freed_memory()
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 1:
@@ -118,21 +118,6 @@ def device_of(local_rank: int) -> torch.device:
     torch.cuda.set_device(local_rank)
     _settle_arithmetic()
     return torch.device("cuda", local_rank)
-
-
-def _keep_freed_memory() -> None:
-    """Lets the C library keep what a CPU's tensors free for the next ones, as torch does on a GPU.
-
-    glibc gives large pieces back to the kernel, which fills the pages of the next one with zeros, one fault a
-    page. Of another library nothing is asked.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def _settle_arithmetic() -> None:

@@ -1,6 +1,5 @@
 """What must not grow: the cost of a far position with its distance, and memory with what was read."""
 
-import ctypes
 import os
 from pathlib import Path
 from statistics import median
@@ -8,6 +7,7 @@ from statistics import median
 import numpy as np
 import psutil
 import pytest
+from helpers.forked import run_on_ranks
 
 from kandinsky_dist.bench.data_contenders import JPEG_SHARDS, training_batches
 from kandinsky_dist.data.catalogue import read_manifest
@@ -18,11 +18,10 @@ from kandinsky_dist.data.order import Order
 from kandinsky_dist.data.packing.writer import write_shards
 from kandinsky_dist.data.rows import Views
 from kandinsky_dist.data.storage import LocalStorage
-from kandinsky_dist.data.workers import start_worker
+from kandinsky_dist.runtime.heap import give_back_freed_memory
 
 pytestmark = pytest.mark.integration
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 NUM_READ = int(os.environ.get("KANDINSKY_DIST_CAMPAIGN", "3000"))
 
 
@@ -68,32 +67,34 @@ class CountingStorage(LocalStorage):
 
 
 @pytest.mark.long
-def test_memory_of_a_worker_is_flat(tmp_path: Path, monkeypatch):
+def test_memory_of_a_worker_is_flat(tmp_path: Path):
     """CI reads 3,000 photographs of 1024 pixels; KANDINSKY_DIST_CAMPAIGN=20000 is the whole campaign.
 
-    Of what a worker frees, glibc gives pieces from 128 KiB on back at once here: by itself it keeps over
-    100 MiB, and 20 MiB more from some moment on, which would hide what is not freed. Medians, as a look that
-    falls on a batch being handed over finds one batch more than the next.
+    In a process of its own: workers begin with the free memory of the one that they come from. Medians, as a
+    look that falls on a batch being handed over finds one batch more than the next.
     """
-
-    def start_frugal(worker: int) -> None:
-        start_worker(worker)
-        for parameter, value in ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 2**17), (M_TRIM_THRESHOLD, 2**17)):
-            assert ctypes.CDLL(None).mallopt(parameter, value) == 1
-
-    monkeypatch.setattr("kandinsky_dist.data.loader.start_worker", start_frugal)
     JPEG_SHARDS.write(tmp_path / "shards", 64)
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    batches = training_batches(str(tmp_path / "shards"), 32, 2)
-    seen, rss = 0, {}
+    (private,) = run_on_ranks(private_memory, 1, str(tmp_path / "shards"))
+    early = median(value for count, value in private.items() if 0.2 * NUM_READ < count <= 0.6 * NUM_READ)
+    late = median(value for count, value in private.items() if count > 0.6 * NUM_READ)
+    print(f"private memory of a worker: {early / 2**20:.1f} MiB early, {late / 2**20:.1f} MiB late")
+    assert late <= 1.05 * early
+
+
+def private_memory(shards: str) -> dict[int, int]:
+    """Number of samples read so far -> bytes that the larger of two workers has for itself.
+
+    What a worker frees, glibc gives back at once here: by itself it keeps over 100 MiB, and 20 MiB more from
+    some moment on, which would hide what is not freed.
+    """
+    give_back_freed_memory()
+    batches = training_batches(shards, 32, 2)
+    seen, private = 0, {}
     for clip_BCHW, _ in batches:
         seen += len(clip_BCHW)
-        workers = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
-        rss[seen] = max(worker.memory_full_info().uss for worker in workers)
+        workers = psutil.Process().children(recursive=True)
+        private[seen] = max(worker.memory_full_info().uss for worker in workers)
         if seen >= NUM_READ:
             break
     batches.close()
-    early = median(value for count, value in rss.items() if 0.2 * NUM_READ < count <= 0.6 * NUM_READ)
-    late = median(value for count, value in rss.items() if count > 0.6 * NUM_READ)
-    print(f"private memory of a worker: {early / 2**20:.1f} MiB early, {late / 2**20:.1f} MiB late")
-    assert late <= 1.05 * early
+    return private
