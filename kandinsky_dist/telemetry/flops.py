@@ -66,9 +66,9 @@ class Products(TorchFunctionMode):
     ) -> Any:
         """Runs a function of torch, and counts it if it is a product."""
         kwargs = kwargs or {}
-        if func in _SHAPELESS and _adds_no_gradient(args, kwargs):
-            return args[0]
         tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
+        if func in _SHAPELESS and _adds_no_gradient(tensors):
+            return args[0]
         if func in _ATTENTION:
             query_BHQC, key_BHSC, value_BHSC = tensors[:3]
             size = prod(query_BHQC.shape[:-1]) * key_BHSC.shape[-2]
@@ -113,9 +113,8 @@ _SHAPELESS = {
 }
 
 
-def _adds_no_gradient(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _adds_no_gradient(tensors: Sequence[Tensor]) -> bool:
     """Whether the result requires a gradient just where the first argument does."""
-    tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
     return tensors[0].requires_grad or not any(item.requires_grad for item in tensors)
 
 
