@@ -10,8 +10,8 @@ from kandinsky_dist.estimate.links import GPUS, Group, PublishedLinks
 from kandinsky_dist.estimate.time import (
     ADAMW_BYTES,
     BACKWARD_SHARE,
-    CLIP_BYTES,
     MEMORY_SHARE,
+    NORM_BYTES,
     Compute,
     walk,
 )
@@ -90,5 +90,5 @@ def beside_computing(point: Point, compute: Compute) -> float:
     gather = NUM_BUCKETS * links.seconds("all-gather", bucket_bytes, node)
     backward = BACKWARD_SHARE * compute.seconds(point.micro_batch_size)
     exposed = walk([(0.0, backward / NUM_BUCKETS, reduce)] * NUM_BUCKETS, 0) - backward
-    passes = NUM_WEIGHTS / GPUS_PER_NODE * (ADAMW_BYTES + CLIP_BYTES)
+    passes = NUM_WEIGHTS / GPUS_PER_NODE * (ADAMW_BYTES + NORM_BYTES)
     return exposed + gather + passes / (gpu.memory_rate * MEMORY_SHARE)

@@ -11,9 +11,9 @@ from kandinsky_dist.estimate.textbook import LOW_BYTES
 FP32 = 4.0
 BACKWARD_SHARE = 2 / 3
 """Of forward and backward: a product's gradients for its input and its weight are a product each."""
-ADAMW_BYTES, CLIP_BYTES, AVERAGE_BYTES = 28.0, 12.0, 32.0
-"""Read and written by value: AdamW reads 16 and writes 12; the norm reads 4, clipping reads and writes 4; an
-average is three passes over two tensors (`optim/ema.py`)."""
+ADAMW_BYTES, NORM_BYTES, AVERAGE_BYTES = 32.0, 4.0, 32.0
+"""Read and written by value: AdamW reads 16 and writes 16, the clipped gradient among them; the norm reads 4;
+an average is three passes over two tensors (`optim/ema.py`)."""
 MEMORY_SHARE = 0.8
 """Of the published memory rate, what such passes reach: an H100 copies 3.0 TB/s of 3.35, small tensors
 less."""
@@ -128,7 +128,7 @@ def step_time(
     update = 0.0
     if memory_rate is not None:
         passes = traffic.num_trained * (
-            (ADAMW_BYTES + CLIP_BYTES) / owners + AVERAGE_BYTES * num_averages / num_ranks
+            (ADAMW_BYTES + NORM_BYTES) / owners + AVERAGE_BYTES * num_averages / num_ranks
         )
         update = passes / (memory_rate * MEMORY_SHARE)
     compute = num_micro * micro_seconds

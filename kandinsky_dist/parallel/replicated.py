@@ -26,9 +26,10 @@ def guard_and_clip(
     shards: dist.ProcessGroup | None = None,
     loss_scale: LossScale | None = None,
 ) -> StepOutcome:
-    """Clips reduced gradients and arms the fused optimizer to skip a non-finite step. No host sync.
+    """Has the fused optimizer clip reduced gradients and skip a step that is not finite. No host sync.
 
-    The gradients are reduced, so a NaN of any rank is in every rank's norm and all ranks skip alike.
+    The gradients are reduced, so a NaN of any rank is in every rank's norm and all ranks skip alike. The
+    optimizer's own pass divides them: clipping costs no other.
 
     Args:
         optimizer: fused; its learning rate is set.
@@ -46,16 +47,13 @@ def guard_and_clip(
         square = grad_norm.double().square()  # a square may leave fp32
         dist.all_reduce(square, group=shards)
         grad_norm = square.sqrt().float()
-    factor = torch.ones_like(grad_norm)
-    if loss_scale is not None:
-        factor = loss_scale.value.reciprocal()  # a power of two, so exact
-        grad_norm = grad_norm * factor
+    divisor = torch.ones_like(grad_norm) if loss_scale is None else loss_scale.value.clone()
+    grad_norm = grad_norm / divisor  # a power of two, so exact
     if max_grad_norm > 0:
-        factor = factor * (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
-    if max_grad_norm > 0 or loss_scale is not None:
-        torch._foreach_mul_(list(gradients), factor)
+        divisor = divisor * ((grad_norm + 1e-6) / max_grad_norm).clamp(min=1.0)
     skipped = (~torch.isfinite(grad_norm)).to(torch.float32)
     rescaled = torch.zeros_like(skipped) if loss_scale is None else loss_scale.update(skipped)
+    optimizer.grad_scale = divisor  # type: ignore[attr-defined]
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     set_learning_rate(optimizer, learning_rate)
     return StepOutcome(grad_norm, skipped, rescaled)

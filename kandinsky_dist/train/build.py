@@ -92,8 +92,9 @@ def model_plan(config: Config, source: ModelSource) -> ModelPlan:
         if config.parallel.float8:
             use_float8(module)
         blocks.set_attention(module, config.parallel.attention)
-        if config.stage == "decoder" and layout.is_channels_last(config.parallel.channels_last):
-            layout.lay_out_activations(module)
+        if config.stage == "decoder":
+            chosen = layout.is_channels_last(config.parallel.channels_last)
+            layout.lay_out_activations(module, channels_last=chosen)
         if config.parallel.gradient_checkpointing:
             blocks.enable_gradient_checkpointing(module)
         if config.parallel.compile:

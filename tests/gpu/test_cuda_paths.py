@@ -112,7 +112,7 @@ def test_convolutions_answer_in_channels_last_and_gradients_stay_flat(device):
     layers.to(device)
     pixels_BCHW = torch.randn(2, 8, 16, 16, device=device)
     expected = layers(pixels_BCHW)
-    lay_out_activations(layers)
+    lay_out_activations(layers, channels_last=True)
     with torch.autocast("cuda", torch.bfloat16):
         found = layers(pixels_BCHW)
     assert found.is_contiguous(memory_format=torch.channels_last)

@@ -135,7 +135,7 @@ def test_the_unet_is_a_graph_a_block(tiny_models):
 
     model = build()
     set_attention(model, "flash")  # all that may be switched on goes into the graph
-    lay_out_activations(model)
+    lay_out_activations(model, channels_last=True)
     enable_gradient_checkpointing(model)
     compiled.compile_blocks(model, backend="aot_eager")
     num_graphs, gradients = graphs_of(lambda: unet_step(model))

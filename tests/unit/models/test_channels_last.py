@@ -1,5 +1,6 @@
-"""channels_last: where it is, and that flat weights and gradients stay what they are."""
+"""channels_last: where it is and where not, and that flat weights and gradients stay what they are."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -24,20 +25,34 @@ def loss_of(model):
     return model(latents, torch.tensor([3, 900]), None, added_cond_kwargs=embeds).sample.square().mean()
 
 
-def test_a_trained_network_has_its_pictures_so_and_its_weights_not(decoder_folder):
+def convolutions_of(model):
+    return [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+
+
+def test_attention_answers_in_channels_last_unless_told(decoder_folder):
+    """What the layout of a plain run is for."""
+    model, inputs = unet_of(decoder_folder), []
+    for layer in convolutions_of(model):
+        layer.register_forward_hook(lambda _layer, given, _output: inputs.append(given[0]))
+    loss_of(model)
+    assert any(item.is_contiguous(memory_format=LAST) and not item.is_contiguous() for item in inputs)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_trained_network_has_its_pictures_in_one_layout_and_its_weights_flat(decoder_folder, channels_last):
     plain, model = unet_of(decoder_folder), unet_of(decoder_folder)
-    lay_out_activations(model)
-    lay_out_activations(model)
+    lay_out_activations(model, channels_last=channels_last)
+    lay_out_activations(model, channels_last=channels_last)
     outputs = []
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
+    for layer in convolutions_of(model):
+        layer.register_forward_hook(lambda _layer, _inputs, output: outputs.append(output))
     losses = loss_of(plain), loss_of(model)
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(losses[1], losses[0], atol=1e-6, rtol=1e-5)
     assert len(outputs) > 30
-    assert all(output.is_contiguous(memory_format=LAST) for output in outputs)
+    layout = LAST if channels_last else torch.contiguous_format
+    assert all(output.is_contiguous(memory_format=layout) for output in outputs)
     expected = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
         assert parameter.is_contiguous(), name
