@@ -40,7 +40,7 @@ The whole suite for a machine without a GPU; 2 idle cores are enough, and each r
 ```bash
 pip install -e '.[report]'
 kandinsky-dist bench suite OUT
-kandinsky-dist bench render OUT        # this page, from OUT's records
+kandinsky-dist bench render OUT        # prints this page, from OUT's records
 ```
 
 It is `bench train OUT --size small` and `bench scaling OUT --size tiny --stage prior`. On a machine with

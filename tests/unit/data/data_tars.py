@@ -1,6 +1,7 @@
 """Small real tars to test with."""
 
 import io
+import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,3 +35,13 @@ def sample(number: int, **replaced: bytes) -> list[tuple[str, bytes]]:
     """Members of a good sample; its key is its number in five digits."""
     members: Mapping[str, bytes] = {"png": picture(number), "txt": f"caption {number}".encode(), **replaced}
     return [(f"{number:05d}.{extension}", data) for extension, data in members.items()]
+
+
+def fail_reads(path: Path) -> None:
+    """Makes every read fail of a file that this process has open, as on a disk that is gone."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    for number in os.listdir("/proc/self/fd"):
+        link = Path("/proc/self/fd", number)
+        if link.exists() and link.resolve() == path.resolve():
+            os.dup2(folder, int(number), inheritable=False)
+    os.close(folder)

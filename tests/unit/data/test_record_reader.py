@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_tars import fail_reads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +18,7 @@ from kandinsky_dist.data.order import Order
 from kandinsky_dist.data.packing.writer import write_shards
 from kandinsky_dist.data.record_layout import RecordLayout, Sheet
 from kandinsky_dist.data.records import RecordReader
-from kandinsky_dist.errors import DataError
+from kandinsky_dist.errors import DataError, SampleError
 
 NUM_SAMPLES = 40
 FIXED = RecordLayout(torch.uint8, {"first": (2, 20), "second": (80,)})
@@ -268,6 +269,15 @@ def test_a_shard_that_is_gone_or_changed_is_no_damaged_sample(corpus):
     tar.unlink()
     with pytest.raises(DataError, match="put the shard back"):
         list(reader_of(corpus).batches([range(NUM_SAMPLES)], num_threads=1))
+
+
+def test_a_disk_that_is_gone_is_no_damaged_sample(corpus):
+    reader = reader_of(corpus)
+    reader.read(range(NUM_SAMPLES))
+    fail_reads(corpus / "train-00000.tar")
+    with pytest.raises(DataError, match=r"train-00000\.tar: cannot be read at byte \d+: Is a dir") as caught:
+        reader.read(range(NUM_SAMPLES))
+    assert not isinstance(caught.value, SampleError)
 
 
 def test_files_do_not_stay_open(corpus, monkeypatch):

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from data_tars import picture, sample, write_tar
+from data_tars import fail_reads, picture, sample, write_tar
 
 from kandinsky_dist.data import storage as storage_module
 from kandinsky_dist.data import tables
@@ -109,6 +109,16 @@ def test_vanished_shortened_and_replaced_shards_are_named(make_corpus):
         file.write(bytes(10240))
     with pytest.raises(DataError, match=r"train-002\.tar has \d+ bytes, its manifest says \d+") as caught:
         storage.read(Place(2, 0))
+    assert not isinstance(caught.value, SampleError)
+
+
+def test_a_disk_that_is_gone_is_no_damaged_sample(make_corpus):
+    manifest = make_corpus([2])
+    storage = LocalStorage(manifest)
+    storage.read(Place(0, 0))
+    fail_reads(Path(manifest.tar(0)))
+    with pytest.raises(DataError, match=r"train-000\.tar: cannot be read at byte \d+: Is a dir") as caught:
+        storage.read(Place(0, 1))
     assert not isinstance(caught.value, SampleError)
 
 
