@@ -241,12 +241,17 @@ class Trainer:
         if self.num_samples is not None:
             entry["epoch"] = self.state.samples_consumed / self.num_samples
         entry["bad_samples"] = self.state.num_bad_samples
-        for sink in self.sinks:
-            sink.write(entry)
+        agree.decided_by_first(lambda: self.write(entry))
         self.progress.update(
             self.state.step, loss=entry["loss"], samples_per_second=entry.get("samples_per_second")
         )
         return divergence
+
+    def write(self, entry: dict[str, float | int]) -> None:
+        """Writes an entry, unless another start has the run folder by now. Rank 0 only."""
+        self.watch.check_owner()
+        for sink in self.sinks:
+            sink.write(entry)
 
     def go_back(self, divergence: Divergence) -> None:
         """Returns to the weights from before a divergence. Collective: call on every rank."""

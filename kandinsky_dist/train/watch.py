@@ -119,17 +119,21 @@ class Watch:
 
         agree.decided_by_first(check)
 
+    def check_owner(self) -> None:
+        """Returns if the run folder is still this start's; for the moment before it is written to.
+
+        Raises:
+            FencedError: another start has taken it.
+        """
+        self._fence.check()
+
     def report(self, data_wait_seconds: float, window_seconds: float) -> dict[str, float | int]:
         """Figures for a log entry: a rank that the others wait for, if there is one. Collective.
 
         Args:
             data_wait_seconds: how long this rank waited for data since the last report.
             window_seconds: how long the steps since then took.
-
-        Raises:
-            FencedError: another start has taken the run folder.
         """
-        agree.decided_by_first(self._fence.check)
         alone = torch.zeros(self._process.world_size, dtype=torch.float64)
         alone[self._process.rank] = self._alone.read() + data_wait_seconds
         dist.all_reduce(alone)

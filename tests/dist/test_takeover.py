@@ -4,8 +4,9 @@ import signal
 from pathlib import Path
 
 import pytest
+from dist.watch_programs import taken_over_in_its_report
 from helpers import forked, running
-from helpers.command import keys, losses, train_arguments
+from helpers.command import keys, losses, metrics, train_arguments
 from helpers.running import ranks_of, wait_until
 
 from kandinsky_dist.checkpoint.files import checkpoints_of, checksum, damage
@@ -52,6 +53,18 @@ def test_the_older_of_two_runs_ends_before_it_writes(tiny_models, small_corpus, 
     assert done.returncode == 0, done.stderr
     assert losses(run_dir) == losses(reference)
     assert keys(run_dir) == keys(reference)
+
+
+def test_the_older_run_looks_right_before_it_logs(tiny_models, small_corpus, tmp_path):
+    """A validation takes minutes, and a process may be held at any moment."""
+    words = train_arguments(
+        "prior", "run.max_steps=4", "validation.every_steps=2", "data.num_workers=0", models=tiny_models,
+        corpus=small_corpus, run_dir=tmp_path, strategy="ddp",
+    )  # fmt: skip
+    done = forked.call(taken_over_in_its_report, words, world_size=2)
+    assert done.returncode == 78, done.stderr
+    assert f"run.dir={tmp_path} was taken over by start 2 of this run" in done.stderr
+    assert [entry["step"] for entry in metrics(tmp_path)] == [1]
 
 
 def saved_step(run_dir: Path) -> int:

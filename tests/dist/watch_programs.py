@@ -8,6 +8,7 @@ from typing import Any
 
 from kandinsky_dist.cli import main
 from kandinsky_dist.config import loader
+from kandinsky_dist.faults.fence import Fence
 from kandinsky_dist.faults.preempt import StopRequest
 from kandinsky_dist.runtime.process import joined
 from kandinsky_dist.train import trainer as module
@@ -51,6 +52,20 @@ def with_little_memory(arguments: list[str], room_bytes: int) -> int:
         begin(self)
 
     module.Trainer.run = run  # type: ignore[method-assign]
+    return main(arguments)
+
+
+def taken_over_in_its_report(arguments: list[str]) -> int:
+    """The command line; while the run measures itself on held-out samples another start takes its folder."""
+    evaluate = module.Trainer.evaluate
+
+    def while_taken(self: Any) -> dict[str, float]:
+        found = evaluate(self)
+        if self.process.is_first:
+            Fence(self.run_dir).take(1)
+        return found
+
+    module.Trainer.evaluate = while_taken  # type: ignore[method-assign]
     return main(arguments)
 
 
