@@ -1,16 +1,16 @@
 """channels_last: pictures lie in memory pixel by pixel, as the fast convolutions of GPUs want them.
 
-An attention layer answers in channels_last by itself, for it had turned pictures into tokens, and what comes
-after it follows. So each convolution is given its input in the layout of the run, whichever that is: a CPU is
-slower in channels_last, and would do those convolutions so and copy their weights and gradients there and
-back.
-
 A trained network keeps its weights as they are and gets its activations so. Its weights are cut into flat
 ranges, by engines and by checkpoints, and the values of a weight in channels_last do not lie in the order of
 its indices: a flat view of it raises, and engines that flatten weights themselves silently undo the layout.
 The convolution brings the weight into the activations' layout on its way: one pass over the weights, which
 is little beside the pass over the pictures, and in a compiled block is one with their cast to half precision.
 A frozen network has no such bounds: its weights are laid out once.
+
+An attention layer answers in channels_last by itself, for it had turned pictures into tokens, and what comes
+after it follows. So each convolution is given its input in the layout of the run, whichever that is: a CPU is
+slower in channels_last, and would do those convolutions so and copy their weights and gradients there and
+back.
 """
 
 from collections.abc import Callable
