@@ -10,6 +10,7 @@ from kandinsky_dist.estimate.links import GPUS, Group, PublishedLinks
 from kandinsky_dist.estimate.time import (
     ADAMW_BYTES,
     BACKWARD_SHARE,
+    CLIP_APART_BYTES,
     MEMORY_SHARE,
     NORM_BYTES,
     Compute,
@@ -90,5 +91,5 @@ def beside_computing(point: Point, compute: Compute) -> float:
     gather = NUM_BUCKETS * links.seconds("all-gather", bucket_bytes, node)
     backward = BACKWARD_SHARE * compute.seconds(point.micro_batch_size)
     exposed = walk([(0.0, backward / NUM_BUCKETS, reduce)] * NUM_BUCKETS, 0) - backward
-    passes = NUM_WEIGHTS / GPUS_PER_NODE * (ADAMW_BYTES + NORM_BYTES)
+    passes = NUM_WEIGHTS / GPUS_PER_NODE * (ADAMW_BYTES + NORM_BYTES + CLIP_APART_BYTES)
     return exposed + gather + passes / (gpu.memory_rate * MEMORY_SHARE)

@@ -11,9 +11,12 @@ from kandinsky_dist.estimate.textbook import LOW_BYTES
 FP32 = 4.0
 BACKWARD_SHARE = 2 / 3
 """Of forward and backward: a product's gradients for its input and its weight are a product each."""
-ADAMW_BYTES, NORM_BYTES, AVERAGE_BYTES = 32.0, 4.0, 32.0
-"""Read and written by value: AdamW reads 16 and writes 16, the clipped gradient among them; the norm reads 4;
-an average is three passes over two tensors (`optim/ema.py`)."""
+ADAMW_BYTES, NORM_BYTES, AVERAGE_BYTES = 28.0, 4.0, 32.0
+"""Read and written by value: AdamW reads 16 and writes 12, the norm reads 4, an average is three passes over
+two tensors (`optim/ema.py`)."""
+CLIP_BYTES, CLIP_APART_BYTES = 4.0, 8.0
+"""A clipped gradient is written by AdamW's own pass (`parallel/replicated.py`); in a pass of its own, which
+DeepSpeed's stages 1 to 3 make of it, it is read as well."""
 MEMORY_SHARE = 0.8
 """Of the published memory rate, what such passes reach: an H100 copies 3.0 TB/s of 3.35, small tensors
 less."""
@@ -127,8 +130,9 @@ def step_time(
         owners = parallel.shard_size
     update = 0.0
     if memory_rate is not None:
+        clip = CLIP_APART_BYTES if parallel.strategy in ("zero1", "zero2", "zero3") else CLIP_BYTES
         passes = traffic.num_trained * (
-            (ADAMW_BYTES + NORM_BYTES) / owners + AVERAGE_BYTES * num_averages / num_ranks
+            (ADAMW_BYTES + NORM_BYTES + clip) / owners + AVERAGE_BYTES * num_averages / num_ranks
         )
         update = passes / (memory_rate * MEMORY_SHARE)
     compute = num_micro * micro_seconds
