@@ -1,12 +1,11 @@
 """The page of documentation about throughput: what a folder of records renders, and nothing else."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from kandinsky_dist.bench import scaling_report, train_report
+from kandinsky_dist.bench import aims, scaling_report, train_report
 from kandinsky_dist.bench.record import Record
-from kandinsky_dist.bench.render import Column, provenance, table, wrapped
+from kandinsky_dist.bench.render import provenance, wrapped
 from kandinsky_dist.bench.train_report import Row, ratio, ratios, stages_of, step_up
 
 NO_GAIN = 1.02
@@ -34,6 +33,10 @@ are left out.
 NOTHING_YET = """\
 No record is here yet. The commands below make some.
 """
+AIMS_READING = """\
+Of the fastest kept case of each kind. **The peak** is the GPU's published rate of dense bf16 products; the
+share of it is that of FLOPs really done.
+"""
 HOW_TO_RUN = """\
 The whole suite for a machine without a GPU; 2 idle cores are enough, and each record says how long it took:
 
@@ -59,45 +62,6 @@ this page.
 """
 
 
-@dataclass(frozen=True)
-class Target:
-    """What was promised of the fastest kept case of a kind.
-
-    Attributes:
-        device: part of the record's device type or name.
-        stage: network.
-        is_cached: whether frozen encoders are out of the step.
-        times: the incumbent's rate, at least.
-    """
-
-    device: str
-    stage: str
-    is_cached: bool
-    times: float
-
-    def is_of(self, row: Row, first: Row) -> bool:
-        """Whether a case counts: kept, ours, and in the baseline's arithmetic."""
-        is_cached = row["settings"].get("data.source") == "cached"
-        return (
-            row["way"] == "ours"
-            and row["stage"] == self.stage
-            and is_cached == self.is_cached
-            and not row["is_beside"]
-            and row.get("precision") == first.get("precision")
-        )
-
-
-TARGETS = (
-    Target("cpu", "prior", False, 1.2),
-    Target("cpu", "prior", True, 10.0),
-    Target("cpu", "decoder", True, 2.0),
-    Target("cuda", "prior", False, 2.0),
-    Target("cuda", "prior", True, 15.0),
-    Target("cuda", "decoder", False, 1.5),
-    Target("cuda", "decoder", True, 3.0),
-)
-
-
 def to_markdown(folder: Path) -> str:
     """The page of a folder's records; those of `bench train` and `bench scaling` count.
 
@@ -112,7 +76,8 @@ def to_markdown(folder: Path) -> str:
         parts.append(NOTHING_YET)
     for path, record in trained.items():
         parts += _train(path, record)
-    parts += _targets(trained.values())
+    if trained:
+        parts += ["## Aims\n", AIMS_READING, aims.to_markdown(list(trained.values()))]
     parts += _without_gain([record for record in trained.values() if record.setting["has_ladder"]])
     for path, record in scaled.items():
         parts += _scaling(path, record)
@@ -159,41 +124,6 @@ def _levers(rows: Sequence[Row]) -> list[str]:
     """What each rung does."""
     lines = [wrapped(f"**{row['case']}**: {row['why']}.", bullet="- ") for row in rows if row.get("why")]
     return ["\n".join(lines) + "\n"] if lines else []
-
-
-def _targets(records: Iterable[Record]) -> list[str]:
-    """Each aim beside every record that can tell: one ladder has few turns, two cases alone may have many."""
-    lines: list[tuple[Record, Target, Row | None, float | None]] = []
-    for record in records:
-        for target in TARGETS:
-            rows = [row for row in record.rows if row["stage"] == target.stage]
-            if target.device != record.setting["device_type"] or not rows or rows[0]["way"] != "incumbent":
-                continue
-            found = [
-                (times, row)
-                for row in rows
-                if target.is_of(row, rows[0]) and (times := ratio(row, rows[0])) is not None
-            ]
-            times, best = max(found, key=lambda pair: pair[0], default=(None, None))
-            if best is not None or record.setting["has_ladder"]:
-                lines.append((record, target, best, times))
-    if not lines:
-        return []
-    columns = [
-        Column("device", lambda line: line[0].device, is_number=False),
-        Column("stage", lambda line: line[1].stage, is_number=False),
-        Column("encoders", lambda line: "cached" if line[1].is_cached else "live", is_number=False),
-        Column("aim: times the incumbent", lambda line: f"{line[1].times:g}"),
-        Column("measured", lambda line: "-" if line[3] is None else f"{line[3]:.2f}"),
-        Column("turns", lambda line: str(line[0].setting["num_repeats"])),
-        Column("by", lambda line: line[2]["case"] if line[2] else "not measured", is_number=False),
-        Column(
-            "reached",
-            lambda line: "-" if line[3] is None else "yes" if line[3] >= line[1].times else "no",
-            is_number=False,
-        ),
-    ]
-    return ["## Aims\n", table(columns, lines)]
 
 
 def _without_gain(records: Sequence[Record]) -> list[str]:

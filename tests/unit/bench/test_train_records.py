@@ -49,6 +49,11 @@ def cells(page: str, first: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+def aims_of(folder: Path) -> str:
+    """The page's aims, without spaces."""
+    return performance.to_markdown(folder).split("## Aims")[1].replace(" ", "")
+
+
 def test_a_ratio_is_the_median_of_those_within_each_round():
     # 10, 8 and 10 times; the medians of the seconds alone would say 8.
     assert train_report.ratios(CACHED, INCUMBENT) == pytest.approx([10.0, 8.0, 10.0])
@@ -137,10 +142,9 @@ def test_the_page_about_performance_renders_a_folder(tmp_path):
     )
     weak = [make_row(str(n), [8.0, 4.0, 2.0], mode="weak", world_size=n) for n in (1, 2)]
     make_record(*weak, case="scaling").save(tmp_path / "scaling.json")
-    page = performance.to_markdown(tmp_path)
-    aims = page.split("## Aims")[1].replace(" ", "")
-    assert "|CPUx|prior|live|1.2|2.00|3|live|yes|" in aims
-    assert "|CPUx|prior|cached|10|10.00|3|cached|yes|" in aims
+    page, aims = performance.to_markdown(tmp_path), aims_of(tmp_path)
+    assert "|CPUx|prior|live|1.2timestheincumbent|2.00|3|live|yes|" in aims
+    assert "|CPUx|prior|cached|10timestheincumbent|10.00|3|cached|yes|" in aims
     without = " ".join(page.split("## What did not help")[1].split("##")[0].split())
     assert without.startswith("- **slower** (prior, size small, CPU x): 0.50 times the rate of what it was")
     assert "cached" not in without
@@ -163,10 +167,10 @@ def test_a_picture_beside_its_record_is_shown(tmp_path):
 def test_aims_are_judged_beside_the_ladder_where_cases_have_more_turns(tmp_path):
     make_record(INCUMBENT, LIVE, CACHED).save(tmp_path / "a.json")
     make_record(INCUMBENT, CACHED, has_ladder=False, num_repeats=9).save(tmp_path / "b.json")
-    aims = performance.to_markdown(tmp_path).split("## Aims")[1].replace(" ", "")
+    aims = aims_of(tmp_path)
     assert aims.count("|CPUx|prior|live|") == 1
-    assert "|CPUx|prior|cached|10|10.00|3|cached|yes|" in aims
-    assert "|CPUx|prior|cached|10|10.00|9|cached|yes|" in aims
+    assert "|CPUx|prior|cached|10timestheincumbent|10.00|3|cached|yes|" in aims
+    assert "|CPUx|prior|cached|10timestheincumbent|10.00|9|cached|yes|" in aims
 
 
 def test_an_aim_that_was_missed_says_so(tmp_path):
@@ -176,7 +180,24 @@ def test_an_aim_that_was_missed_says_so(tmp_path):
     )
     make_record(INCUMBENT, slow, other_arithmetic).save(tmp_path / "cpu.json")
     page = performance.to_markdown(tmp_path)
-    assert "|CPUx|prior|cached|10|2.00|3|cached|no|" in page.replace(" ", ""), page
+    assert "|CPUx|prior|cached|10timestheincumbent|2.00|3|cached|no|" in page.replace(" ", ""), page
+
+
+def test_aims_on_a_gpu_are_shares_of_its_peak_too(tmp_path):
+    make_record(INCUMBENT, LIVE).save(tmp_path / "cpu.json")
+    assert "|aGPU|prior|cached|55%ofthepeak|-|-|norecordyet|-|" in aims_of(tmp_path)
+    quick, cached = {"settings": {"data.source": "cached"}, "precision": "bfloat16"}, [0.8, 0.5, 0.2]
+    rows = [
+        {**INCUMBENT, "precision": "bfloat16"},
+        make_row("live", cached, mfu=0.9, precision="bfloat16"),
+        make_row("cached", cached, mfu=0.56, **quick),
+        make_row("float8", cached, mfu=0.7, is_beside=True, **quick),
+    ]
+    make_record(*rows, device_type="cuda").save(tmp_path / "gpu.json")
+    aims = aims_of(tmp_path)
+    assert "|prior|cached|55%ofthepeak|56.0%|3|cached|yes|" in aims
+    assert "|prior|cached|15timestheincumbent|10.00|3|cached|no|" in aims
+    assert "norecordyet" not in aims
 
 
 def test_the_documented_page_is_what_its_records_render():
