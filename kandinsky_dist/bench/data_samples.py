@@ -4,7 +4,10 @@ Letters of shapes: B samples, C channels, D values of an embedding, H and W side
 """
 
 import io
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -44,14 +47,20 @@ def photographs(num_samples: int, size: int = PHOTOGRAPH_SIZE) -> Iterator[bytes
     """
     frequencies = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None, :])
     amplitude_HW = (1.0 / np.maximum(frequencies, 1.0 / size)) ** 1.45
-    for number in range(num_samples):
-        random = np.random.default_rng(number)
-        phases = np.exp(2j * np.pi * random.random((3, size, size // 2 + 1)))
-        layers_CHW = np.fft.irfft2(amplitude_HW * phases, s=(size, size))
-        layers_CHW /= layers_CHW.std((1, 2), keepdims=True)
-        light_HW, *colours_HW = layers_CHW
-        pixels_HWC = np.stack([light_HW, *(0.9 * light_HW + 0.3 * colour for colour in colours_HW)], -1)
-        image = Image.fromarray((128 + 48 * pixels_HWC).clip(0, 255).astype(np.uint8))
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=JPEG_QUALITY)
-        yield file.getvalue()
+    # numpy and Pillow leave Python's lock to each other while they work.
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        yield from threads.map(partial(_photograph, amplitude_HW), range(num_samples))
+
+
+def _photograph(amplitude_HW: npt.NDArray[np.float64], number: int) -> bytes:
+    size = len(amplitude_HW)
+    random = np.random.default_rng(number)
+    phases = np.exp(2j * np.pi * random.random((3, size, size // 2 + 1)))
+    layers_CHW = np.fft.irfft2(amplitude_HW * phases, s=(size, size))
+    layers_CHW /= layers_CHW.std((1, 2), keepdims=True)
+    light_HW, *colours_HW = layers_CHW
+    pixels_HWC = np.stack([light_HW, *(0.9 * light_HW + 0.3 * colour for colour in colours_HW)], -1)
+    image = Image.fromarray((128 + 48 * pixels_HWC).clip(0, 255).astype(np.uint8))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=JPEG_QUALITY)
+    return file.getvalue()

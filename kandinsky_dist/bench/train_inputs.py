@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import multiprocessing
 import random
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +89,14 @@ def make_models(out: Path, size: Size, given: Path | None) -> Path:
                 )
         return given
     folder = out / f"models_{size}"
-    # Half the bytes to read for networks that take minutes; they are trained in fp32 all the same.
-    dtype = torch.bfloat16 if size == "full" else torch.float32
-    device = "cuda" if size == "full" and torch.cuda.is_available() else "cpu"
-    initialise(size, folder, dtype=dtype, device=device)
+    if size != "full":
+        initialise(size, folder)
+        return folder
+    # Half the bytes to read for networks that take minutes; they are trained in fp32 all the same. In a
+    # process of its own: what it touches of the GPU's memory would be kept from the cases.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(initialise, size, folder, dtype=torch.bfloat16, device=device).result()
     return folder
 
 
