@@ -85,7 +85,8 @@ class CheckpointManager:
         identity: configuration key -> value or fingerprint that a resumed run must share.
         config_yaml: the resolved configuration.
         fence: this start's claim to the run folder; None makes one that nobody has taken.
-        is_async: `save` returns when its tensors are copied, and they are written beside training.
+        is_async: `save` returns when its tensors are copied, and they are written beside training; where
+            there is no memory for a copy, it waits and says so.
         on_failure: called as soon as what is written beside training has failed, from another thread.
     """
 
@@ -142,11 +143,17 @@ class CheckpointManager:
         self.finish()
         start = time.monotonic()
         live = RankTensors.of(strategy.fragments(), extra)
-        if self._staging is None:
+        if self._staging is None or self._is_short_of_memory(live, self._staging):
             self._write(lambda: live, state, start)
         else:
             tensors = _copied(live, self._staging)
             self._background.start(partial(self._write, tensors, deepcopy(state), start))
+
+    def _is_short_of_memory(self, live: RankTensors, staging: Staging) -> bool:
+        lack = staging.lack_of_room(live)
+        if lack is not None:
+            say(f"a checkpoint's copy takes {lack}: training waits while it is written", self._process)
+        return lack is not None
 
     def _write(self, tensors: Callable[[], RankTensors], state: RunState, start: float) -> None:
         self._writer.write(tensors, state)

@@ -1,14 +1,19 @@
 """Copies of what a rank saves, in CPU memory, so that training may change the originals."""
 
+import platform
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from kandinsky_dist.checkpoint.layout import RankTensors
+from kandinsky_dist.runtime import agree
+from kandinsky_dist.runtime.memory import free_bytes
 
 _BLOCK_VALUES = 2**26
 """Values of one allocation, 256 MiB: torch rounds pinned memory up to a power of two, each time."""
+_FREE_SHARE = 0.9
+"""Of a machine's free memory that copies may take: training and its loaders breathe."""
 
 
 class Staging:
@@ -17,6 +22,26 @@ class Staging:
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
         self._copied: torch.cuda.Event | None = None
+        self._has_room = False
+
+    def lack_of_room(self, live: RankTensors) -> str | None:
+        """Why the copies of all ranks do not fit into their machines' memory, or None if they do.
+
+        Once they do, that is not asked again, as the memory stays. Collective: call on every rank.
+        """
+        if self._has_room:
+            return None
+        mine = 4 * sum(tensor.numel() for tensor in live.tensors.values())
+        found = agree.gather((platform.node(), mine, free_bytes()))
+        for host in sorted({name for name, _, _ in found}):
+            needed = sum(size for name, size, _ in found if name == host)
+            free = min(left for name, _, left in found if name == host)
+            if needed > _FREE_SHARE * free:
+                return (
+                    f"{needed / 2**30:.1f} GiB of {host}'s memory, of which {free / 2**30:.1f} GiB are free"
+                )
+        self._has_room = True
+        return None
 
     def take(self, live: RankTensors) -> RankTensors:
         """Copies all tensors as fp32; overwrites what the last call has returned.

@@ -227,7 +227,8 @@ class CheckpointConfig:
     keep: int = option(3, "checkpoints kept, at least 2")
     async_save: bool = option(
         True,
-        "write beside training, from a copy in CPU memory as large as a rank's share; false: training waits",
+        "write beside training, from a copy in CPU memory as large as a rank's share; false, or where no "
+        "memory is left for it: training waits",
     )
 
 

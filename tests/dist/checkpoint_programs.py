@@ -1,13 +1,17 @@
 """What the ranks of the checkpoint tests run."""
 
+import contextlib
+import io
 import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+from kandinsky_dist.checkpoint import snapshot
 from kandinsky_dist.checkpoint.layout import RunState, folder_name
 from kandinsky_dist.checkpoint.manager import CheckpointManager
 from kandinsky_dist.config import loader
@@ -32,6 +36,7 @@ def background_facts(stage: str, settings: dict[str, Any], folder: Path) -> dict
         for number in range(3):  # the second and third into memory that holds the one before
             facts["same"].append(same_files(trainer.strategy, state, in_step, beside, folder))
             state = RunState(8 + number, 64 + number, [0.125], 4)
+        facts["short of memory"] = saves_without_memory(trainer.strategy, folder, process)
         facts["answers"] = answers_while_writing(trainer.strategy, state, beside, process)
         facts["failures"] = failures(trainer.strategy, beside, stop, process)
         agree.gather(None)  # rank 0 tidies up after all know of the failure
@@ -85,6 +90,20 @@ def same_files(
         for place in ("beside", "in_step")
     )
     return len(written) == 5 and written == expected  # two ranks, state, configuration, COMMIT
+
+
+def saves_without_memory(strategy: Strategy, folder: Path, process: Process) -> dict[str, Any]:
+    """What a save does where rank 1's machine has no memory for copies, and once it has some."""
+    short = manager(folder / "short", process, is_async=True)
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(snapshot, "free_bytes", lambda: 2**10 if process.rank == 1 else 2**40)
+        short.save(strategy, RunState(7, 56, [], 3))
+        finished = (folder / "short" / "checkpoints" / "step_00000007" / "COMMIT").exists()
+        patch.undo()
+        short.save(strategy, RunState(8, 64, [], 3))
+    short.finish()
+    return {"said": said.getvalue(), "is finished": finished}
 
 
 def answers_while_writing(

@@ -1,5 +1,6 @@
 """A checkpoint written beside training is the one that training would have waited for."""
 
+import re
 from typing import Any
 
 import pytest
@@ -39,6 +40,19 @@ def test_every_kind_is_read_back(saved):
     for name, numel in reader.numels.items():
         master, ema = (reader.read(name, kind, 0, numel) for kind in ("master", "ema"))
         assert ema.equal(master * 0.5)
+
+
+def test_where_memory_is_short_training_waits_and_says_so(saved):
+    folder, facts = saved
+    assert [rank["short of memory"]["is finished"] for rank in facts] == [True] * 2
+    (line,) = facts[0]["short of memory"]["said"].splitlines()
+    assert re.fullmatch(
+        r"kandinsky-dist: a checkpoint's copy takes 0\.0 GiB of \S+'s memory, of which 0\.0 GiB are free: "
+        "training waits while it is written",
+        line,
+    )
+    for path in (folder / "short" / "checkpoints").iterdir():
+        assert damage(path) is None
 
 
 def test_what_the_main_threads_ask_meanwhile_gets_its_own_answer(saved):
