@@ -1,12 +1,12 @@
 """How far all processes together are, for whoever watches one of them."""
 
-import datetime
 import sys
 from collections.abc import Callable
 from time import monotonic
 
 from kandinsky_dist.precompute.shard import Spent
 from kandinsky_dist.runtime.logs import say
+from kandinsky_dist.runtime.words import duration, rate
 
 LINE_EVERY_SECONDS = 15.0
 
@@ -34,13 +34,13 @@ class Progress:
             return
         self._last = now
         done = self._num_done()
-        rate = (done - self._done_before) / (now - self._start)
+        all_rate = (done - self._done_before) / (now - self._start)
         left = "?"
-        if rate > 0:
-            left = str(datetime.timedelta(seconds=round((self._num_samples - done) / rate)))
+        if all_rate > 0:
+            left = duration((self._num_samples - done) / all_rate)
         say(
             f"precompute: {done:,} of {self._num_samples:,} samples ({done / self._num_samples:.1%}), "
-            f"{rate:,.1f} samples/s, {_rate(spent):,.1f} of them here, ETA {left}"
+            f"{rate(all_rate)}, here {rate(_rate(spent))}, ETA {left}"
         )
 
 
@@ -50,7 +50,7 @@ def summary(spent: Spent) -> str:
         return "nothing left to do here"
     waited = spent.waiting_seconds / max(spent.seconds, sys.float_info.epsilon)
     return (
-        f"{spent.num_samples:,} samples here at {_rate(spent):,.1f} samples/s, {waited:.0%} of the time "
+        f"{spent.num_samples:,} samples here at {rate(_rate(spent))}, {waited:.0%} of the time "
         "waiting for decoded images"
     )
 

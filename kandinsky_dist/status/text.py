@@ -1,20 +1,20 @@
 """A run's status for people, on a terminal, and for programs."""
 
-import datetime
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
 
+from kandinsky_dist.runtime.words import duration, rate
 from kandinsky_dist.status.collect import Status, is_number
 
 FIGURES = (
-    ("loss", "loss", "{:.4g}"),
-    ("samples_per_second", "rate", "{:.4g} samples/s"),
-    ("step_seconds", "step", "{:.3g} s"),
-    ("data_wait_fraction", "waits for data", "{:.0%}"),
-    ("mfu", "MFU", "{:.1%}"),
-    ("grad_norm", "gradient norm", "{:.3g}"),
-    ("peak_memory_gib", "peak memory", "{:.2f} GiB"),
+    ("loss", "loss", "{:.4g}".format),
+    ("samples_per_second", "rate", rate),
+    ("step_seconds", "step", "{:.3g} s".format),
+    ("data_wait_fraction", "waits for data", "{:.0%}".format),
+    ("mfu", "MFU", "{:.1%}".format),
+    ("grad_norm", "gradient norm", "{:.3g}".format),
+    ("peak_memory_gib", "peak memory", "{:.2f} GiB".format),
 )
 
 
@@ -24,11 +24,11 @@ def lines(status: Status) -> Iterator[str]:
     yield f"{status.run_dir}  {state}"
     if status.step is not None:
         share = f" ({status.step / status.max_steps:.1%})" if status.max_steps else ""
-        eta = "" if status.eta_seconds is None else f", ETA {_duration(status.eta_seconds)}"
+        eta = "" if status.eta_seconds is None else f", ETA {duration(status.eta_seconds)}"
         yield f"  step          {status.step:,} of {status.max_steps or '?'}{share}{eta}"
     parts = [
-        f"{label} {form.format(status.figures[key])}"
-        for key, label, form in FIGURES
+        f"{label} {words(status.figures[key])}"
+        for key, label, words in FIGURES
         if is_number(status.figures.get(key))
     ]
     if parts:
@@ -45,7 +45,7 @@ def lines(status: Status) -> Iterator[str]:
         job = f", job {status.job}" if status.job else ""
         yield (
             f"  ranks         {status.world_size}, the first on {status.host}{job}, "
-            f"for {_duration(status.running_seconds)}"
+            f"for {duration(status.running_seconds)}"
         )
 
 
@@ -66,7 +66,3 @@ def _checkpoint(status: Status) -> str:
 
 def _count(number: int, name: str) -> str:
     return f"{number} {name}{'' if number == 1 else 's'}"
-
-
-def _duration(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))

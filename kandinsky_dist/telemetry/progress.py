@@ -1,6 +1,5 @@
 """How far the run is, for whoever watches it: a bar on a terminal, a line now and then in a log file."""
 
-import datetime
 import sys
 import time
 from collections.abc import Callable
@@ -8,6 +7,8 @@ from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
+
+from kandinsky_dist.runtime.words import duration, rate
 
 
 class Progress:
@@ -82,7 +83,7 @@ class Progress:
         if loss is not None:
             figures.append(f"loss {loss:.4g}")
         if samples_per_second is not None:
-            figures.append(f"{samples_per_second:.4g} samples/s")
+            figures.append(rate(samples_per_second))
         self._figures = ", ".join(figures) or self._figures
         if self._bar is not None:
             self._bar.set_postfix_str(self._status(), refresh=False)
@@ -108,7 +109,7 @@ class Progress:
 
     def _status(self) -> str:
         seconds = self.seconds_left()
-        left = "?" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
+        left = "?" if seconds is None else duration(seconds)
         return ", ".join(part for part in (self._figures, f"ETA {left}") if part)
 
     def _write_line(self) -> None:

@@ -16,7 +16,7 @@ def test_a_line_says_how_far_all_are_and_how_long_it_takes(monkeypatch, capsys):
     assert capsys.readouterr().err == ""  # a second later
     shown.update(Spent(300, 20.0, 2.0))
     line = capsys.readouterr().err
-    assert "1,400 of 2,400 samples (58.3%), 50.0 samples/s, 15.0 of them here, ETA 0:00:20" in line
+    assert "1,400 of 2,400 samples (58.3%), 50 samples/s, here 15 samples/s, ETA 0:00:20" in line
 
 
 def test_nothing_is_counted_where_nothing_is_shown(capsys):
@@ -27,5 +27,5 @@ def test_nothing_is_counted_where_nothing_is_shown(capsys):
 def test_the_summary_says_what_was_waited_for():
     assert summary(Spent()) == "nothing left to do here"
     assert re.fullmatch(
-        r"300 samples here at 15.0 samples/s, 25% of the time waiting .*", summary(Spent(300, 20.0, 5.0))
+        r"300 samples here at 15 samples/s, 25% of the time waiting .*", summary(Spent(300, 20.0, 5.0))
     )
