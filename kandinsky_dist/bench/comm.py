@@ -8,6 +8,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from kandinsky_dist.bench.collectives import COLLECTIVES, DTYPES, Exchange
 from kandinsky_dist.bench.comm_report import to_markdown
 from kandinsky_dist.bench.ranks import run_on_ranks
 from kandinsky_dist.bench.record import Record, device_name
+from kandinsky_dist.bench.silence import silent
 from kandinsky_dist.bench.states import forget_the_past, take_snapshot
 from kandinsky_dist.bench.workload import build, random_weights, workload
 from kandinsky_dist.config.ranks import read_ranks
@@ -54,7 +56,7 @@ class Plan:
         strategies: of `STRATEGIES`, in that order.
         max_mib: largest message; None: 256 on GPUs, 16 on CPUs.
         micro_batch_size: samples a step and rank.
-        bucket_mib: parallel.bucket_mib of the steps.
+        buckets_mib: values of parallel.bucket_mib; the first is that of steps without overlap.
         num_repeats: of everything; medians count.
     """
 
@@ -62,7 +64,7 @@ class Plan:
     strategies: tuple[str, ...]
     max_mib: int | None
     micro_batch_size: int
-    bucket_mib: float
+    buckets_mib: tuple[float, ...]
     num_repeats: int
 
 
@@ -77,7 +79,7 @@ def run(out: Path, plan: Plan, *, world_size: int | None) -> None:
     comm_picture.require_matplotlib()
     if any(name.startswith("zero") for name in plan.strategies) and find_spec("deepspeed") is None:
         require("deepspeed", extra="deepspeed", why=f"bench comm --strategy {' '.join(plan.strategies)}")
-    if plan.num_repeats < 1 or plan.micro_batch_size < 1 or (plan.max_mib or 1) < 1 or plan.bucket_mib <= 0:
+    if min(plan.num_repeats, plan.micro_batch_size, plan.max_mib or 1) < 1 or min(plan.buckets_mib) <= 0:
         raise ConfigError("--repeats, --micro-batch-size, --max-mib and --bucket-mib must be above 0")
     ranks = read_ranks(os.environ)
     is_launched = ranks.world_size > 1
@@ -106,7 +108,7 @@ def _write(
         device=device,
         command=(
             f"kandinsky-dist bench comm OUT {options} --micro-batch-size {plan.micro_batch_size} "
-            f"--bucket-mib {plan.bucket_mib:g} --world-size {world_size}"
+            f"--bucket-mib {' '.join(f'{size:g}' for size in plan.buckets_mib)} --world-size {world_size}"
         ),
         setting={**asdict(plan), **setting, "world_size": world_size},
         rows=rows,
@@ -165,31 +167,49 @@ def _call_often(exchange: Exchange, case: dict[str, Any]) -> None:
 
 
 def _step_rows(plan: Plan, name: str, process: Process) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A strategy's steps with overlap, without it and (ddp) without communication; facts of the model."""
+    """A strategy's steps with overlap by bucket, without it and without communication; facts of the model."""
     torch.manual_seed(0)
     objective, prepared = workload("prior", plan.size, process, num_samples=plan.micro_batch_size)
     forget_the_past()
-    engines = {overlap: _Engine(plan, name, process, overlap=overlap) for overlap in (True, False)}
+    first = plan.buckets_mib[0]
+    engines = {size: _Engine(plan, name, process, overlap=True, bucket_mib=size) for size in plan.buckets_mib}
+    waiting = _Engine(plan, name, process, overlap=False, bucket_mib=first)
 
-    def step(overlap: bool, is_reduced: bool) -> None:
-        engine = engines[overlap]
-        with engine.strategy.accumulate(is_last=is_reduced):
-            engine.strategy.backward(objective.losses(engine.model, prepared).mean())
-        engine.strategy.step(learning_rate=0.0)  # ranks whose gradients differ keep the same weights
+    def step(
+        engine: _Engine,
+        *,
+        is_last: bool = True,
+        inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        with inside():
+            with engine.strategy.accumulate(is_last=is_last):
+                engine.strategy.backward(objective.losses(engine.model, prepared).mean())
+            engine.strategy.step(learning_rate=0.0)  # ranks whose gradients differ keep the same weights
 
-    kinds = {"overlapped": (True, True), "not overlapped": (False, True)}
-    if name == "ddp":  # ZeRO updates nothing without a reduction
-        kinds["none"] = (True, False)
-    times = _in_turns([partial(step, *kind) for kind in kinds.values()], plan.num_repeats, process)
+    cases: dict[tuple[str, float | None], Callable[[], None]] = {
+        ("overlapped", size): partial(step, engine) for size, engine in engines.items()
+    }
+    cases["not overlapped", first] = partial(step, waiting)
+    if name == "ddp":
+        cases["none", None] = partial(step, engines[first], is_last=False)
+    elif name != "zero3":  # which computes with what it gathers
+        cases["none", None] = partial(step, engines[first], inside=silent)
+    times = _in_turns(list(cases.values()), plan.num_repeats, process)
     rows = [
-        {"kind": "step", "strategy": name, "communication": communication, "seconds": seconds}
-        for communication, seconds in zip(kinds, times, strict=True)
+        {
+            "kind": "step",
+            "strategy": name,
+            "communication": communication,
+            "bucket_mib": size,
+            "seconds": seconds,
+        }
+        for (communication, size), seconds in zip(cases, times, strict=True)
     ]
     facts = {
-        "precision": str(engine_precision(engines[True].config, process.device)).removeprefix("torch."),
-        "num_parameters": engines[True].num_parameters,
+        "precision": str(engine_precision(waiting.config, process.device)).removeprefix("torch."),
+        "num_parameters": waiting.num_parameters,
     }
-    for engine in engines.values():
+    for engine in (*engines.values(), waiting):
         engine.release(process.device)
     return rows, facts
 
@@ -197,14 +217,14 @@ def _step_rows(plan: Plan, name: str, process: Process) -> tuple[list[dict[str, 
 class _Engine:
     """One strategy around its own copy of the network."""
 
-    def __init__(self, plan: Plan, name: str, process: Process, *, overlap: bool) -> None:
+    def __init__(self, plan: Plan, name: str, process: Process, *, overlap: bool, bucket_mib: float) -> None:
         self.config = Config(
             stage="prior",
             data=DataConfig(
                 global_batch_size=plan.micro_batch_size * process.world_size,
                 micro_batch_size=plan.micro_batch_size,
             ),
-            parallel=ParallelConfig(strategy=name, overlap=overlap, bucket_mib=plan.bucket_mib),  # type: ignore[arg-type]
+            parallel=ParallelConfig(strategy=name, overlap=overlap, bucket_mib=bucket_mib),  # type: ignore[arg-type]
         )
         structure = partial(build, "prior", plan.size)
         self.strategy: Strategy = select(self.config, process, num_micro=1)

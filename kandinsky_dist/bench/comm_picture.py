@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 from kandinsky_dist.bench.collectives import COLLECTIVES, DTYPES, bus_factor
-from kandinsky_dist.bench.comm_report import algorithm_bandwidth, milliseconds, size_text
+from kandinsky_dist.bench.comm_report import algorithm_bandwidth, milliseconds, size_text, step_rows
 from kandinsky_dist.bench.record import Record
 from kandinsky_dist.optional import require
 
@@ -25,7 +25,7 @@ def draw(record: Record) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps = [row for row in record.rows if row["kind"] == "step"]
+    steps = step_rows(record)
     figure = Figure(figsize=(12 if steps else 6.5, 4.4), layout="constrained")
     FigureCanvasAgg(figure)  # draws into memory: no display is needed, nor pyplot's global state
     title = f"{record.setting['world_size']} ranks over {record.setting['backend']}, {record.device}"
@@ -63,13 +63,23 @@ def _bandwidths(axes: Any, record: Record) -> None:
 
 def _times(axes: Any, rows: list[dict[str, Any]]) -> None:
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
-    width = 0.8 / len(COMMUNICATION_COLOURS)
-    for index, (communication, colour) in enumerate(COMMUNICATION_COLOURS.items()):
-        mine = [row for row in rows if row["communication"] == communication]
-        places = [strategies.index(row["strategy"]) + (index - 1) * width for row in mine]
-        axes.bar(places, [milliseconds(row) for row in mine], width * 0.9, color=colour, label=communication)
+    cases = list(dict.fromkeys((row["communication"], row["bucket_mib"]) for row in rows))
+    width = 0.8 / len(cases)
+    for index, (communication, size) in enumerate(cases):
+        mine = [row for row in rows if (row["communication"], row["bucket_mib"]) == (communication, size)]
+        places = [strategies.index(row["strategy"]) + (index + 0.5) * width - 0.4 for row in mine]
+        others = [other for name, other in cases if name == communication]
+        axes.bar(
+            places,
+            [milliseconds(row) for row in mine],
+            width * 0.9,
+            color=COMMUNICATION_COLOURS[communication],
+            alpha=1 - 0.6 * others.index(size) / len(others),
+            label=communication if size is None else f"{communication}, buckets of {size:g} MiB",
+        )
     axes.set_xticks(range(len(strategies)), strategies)
-    axes.set(ylabel="a step (ms)")
+    highest = max(map(milliseconds, rows))
+    axes.set(ylabel="a step (ms)", ylim=(0, 1.6 * highest))  # room for the legend
     axes.grid(axis="y", color=GRID_COLOUR)
     axes.set_axisbelow(True)
-    axes.legend(title="communication", fontsize="small")
+    axes.legend(title="communication", fontsize="small", loc="upper left")

@@ -5,9 +5,10 @@ from typing import Any
 
 from kandinsky_dist.bench.collectives import bus_factor
 from kandinsky_dist.bench.record import Record
-from kandinsky_dist.bench.render import Column, provenance, table, wrapped
+from kandinsky_dist.bench.render import Column, number, provenance, table, wrapped
 
 Row = dict[str, Any]
+COMMUNICATION = ("overlapped", "not overlapped", "none")
 UNITS = ((2**20, "MiB"), (2**10, "KiB"))
 
 INTRODUCTION = """
@@ -22,17 +23,19 @@ reduce-scatter) or gets out (all-gather).
 """
 STEPS = """
 Forward, backward and AdamW of the prior of `--size {size}` ({num_parameters:,} trained parameters,
-{precision}) with {batch} a rank and buckets of {bucket_mib:g} MiB. *Not overlapped*: ddp reduces all
-gradients in one bucket after backward, in ZeRO backward waits for every bucket. *None* leaves gradients
-unreduced (`no_sync`); ZeRO cannot step without reducing them, so it has no such row.
+{precision}) with {batch} a rank. *Not overlapped*: ddp reduces all gradients in one bucket after backward,
+in ZeRO backward waits for every bucket. *None*: ddp leaves gradients unreduced (`no_sync`); ZeRO, which would
+not step then, does all the rest, and its collectives return at once. zero3 computes with what it gathers, so
+it has no such row.
 """
-EXPOSED = """
-Under ddp **{exposed:.1f} ms** of a step are communication that nothing hides: {overlapped:.1f} ms less the
-{none:.1f} ms without any. Not overlapped it costs {whole:.1f} ms, of which overlap hides {hidden:.0f} %.
+READING = """
+**Exposed** is what a step takes beyond the one without communication: the median of the differences within
+each round, and its share of the step. Below 0 it is less than the machine's noise.
 """
-IN_NOISE = """
-Under ddp the medians are not in the order that communication has (none, overlapped, not overlapped): what it
-costs here is less than the machine's noise.
+
+
+ON_CPUS = """
+Here ranks communicate with the cores that they compute with: little can be hidden, and each bucket costs.
 """
 
 
@@ -65,13 +68,20 @@ def to_markdown(record: Record) -> str:
             "## Collectives\n",
             wrapped(COLLECTIVES) + "\n",
             _collectives(record),
-            *(_steps(record) if _of_kind(record, "step") else ()),
+            *(_steps(record) if step_rows(record) else ()),
         ]
     )
 
 
-def _of_kind(record: Record, kind: str) -> list[Row]:
-    return [row for row in record.rows if row["kind"] == kind]
+def step_rows(record: Record) -> list[Row]:
+    """The rows of steps, smaller buckets first."""
+    strategies = record.setting["strategies"]
+
+    def place(row: Row) -> tuple[int, int, float]:
+        when = COMMUNICATION.index(row["communication"])
+        return strategies.index(row["strategy"]), when, row["bucket_mib"] or 0.0
+
+    return sorted((row for row in record.rows if row["kind"] == "step"), key=place)
 
 
 def _collectives(record: Record) -> str:
@@ -88,39 +98,36 @@ def _collectives(record: Record) -> str:
         Column("algorithm GB/s", lambda row: f"{algorithm_bandwidth(row):.2f}"),
         Column("bus GB/s", lambda row: f"{bus(row):.2f}"),
     ]
-    return table(columns, _of_kind(record, "collective"))
+    return table(columns, [row for row in record.rows if row["kind"] == "collective"])
 
 
 def _steps(record: Record) -> list[str]:
-    rows = _of_kind(record, "step")
+    rows = step_rows(record)
     num_samples = record.setting["micro_batch_size"]
     batch = "1 sample" if num_samples == 1 else f"{num_samples} samples"
+    none = {row["strategy"]: row["seconds"] for row in rows if row["communication"] == "none"}
+    rows = [{**row, **_exposed(row, none.get(row["strategy"]))} for row in rows]
     columns = [
         Column("strategy", lambda row: row["strategy"], is_number=False),
         Column("communication", lambda row: row["communication"], is_number=False),
+        Column("bucket MiB", lambda row: number(row["bucket_mib"], "g")),
         Column("ms a step", lambda row: f"{milliseconds(row):.1f}"),
         Column("from", lambda row: f"{1e3 * min(row['seconds']):.1f}"),
         Column("to", lambda row: f"{1e3 * max(row['seconds']):.1f}"),
+        Column("exposed ms", lambda row: number(row["exposed"], ".1f")),
+        Column("of the step", lambda row: number(row["share"], ".1%")),
     ]
-    parts = [
+    return [
         "## What a step waits for\n",
         wrapped(STEPS.format(**record.setting, batch=batch)) + "\n",
         table(columns, rows),
+        wrapped(READING + (ON_CPUS if record.setting["backend"] == "gloo" else "")) + "\n",
     ]
-    times = {row["communication"]: milliseconds(row) for row in rows if row["strategy"] == "ddp"}
-    if times:
-        parts.append(_exposed(times["overlapped"], times["not overlapped"], times["none"]))
-    return parts
 
 
-def _exposed(overlapped: float, not_overlapped: float, none: float) -> str:
-    if not none <= overlapped <= not_overlapped or none == not_overlapped:
-        return wrapped(IN_NOISE) + "\n"
-    figures = {
-        "exposed": overlapped - none,
-        "overlapped": overlapped,
-        "none": none,
-        "whole": not_overlapped - none,
-        "hidden": 100 * (not_overlapped - overlapped) / (not_overlapped - none),
-    }
-    return wrapped(EXPOSED.format(**figures)) + "\n"
+def _exposed(row: Row, without: list[float] | None) -> dict[str, float | None]:
+    """What communication adds to a step: milliseconds and share; None where no step was without it."""
+    if row["communication"] == "none" or without is None:
+        return {"exposed": None, "share": None}
+    found = 1e3 * median(mine - other for mine, other in zip(row["seconds"], without, strict=True))
+    return {"exposed": found, "share": found / milliseconds(row)}

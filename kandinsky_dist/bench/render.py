@@ -43,6 +43,11 @@ def mib(num_bytes: float | None) -> str:
     return "-" if num_bytes is None else f"{num_bytes / MIB:,.1f}"
 
 
+def number(value: float | None, form: str) -> str:
+    """A figure in the given format; a dash where nothing was measured."""
+    return "-" if value is None else format(value, form)
+
+
 def percent(share: float) -> str:
     """A signed share in percent with one decimal."""
     return f"{100 * share:+.1f} %"

@@ -6,7 +6,7 @@ from typing import Any
 
 from kandinsky_dist.bench.parts import PARTS
 from kandinsky_dist.bench.record import Record
-from kandinsky_dist.bench.render import Column, provenance, table, wrapped
+from kandinsky_dist.bench.render import Column, number, provenance, table, wrapped
 
 Row = dict[str, Any]
 DASH = "-"
@@ -74,9 +74,6 @@ def exposed_seconds(row: Row) -> float | None:
 def cases_table(rows: Sequence[Row]) -> str:
     """Samples a second and ratios of one stage's cases."""
     first = rows[0]
-
-    def number(value: float | None, form: str) -> str:
-        return DASH if value is None else format(value, form)
 
     def spread(row: Row) -> str:
         found = ratios(row, first)

@@ -40,7 +40,7 @@ def add_bench(commands: Any) -> None:
             strategies=tuple(name for name in STRATEGIES if name in arguments.strategy),
             max_mib=arguments.max_mib,
             micro_batch_size=arguments.micro_batch_size,
-            bucket_mib=arguments.bucket_mib,
+            buckets_mib=tuple(dict.fromkeys(arguments.bucket_mib)),
             num_repeats=arguments.repeats,
         )
         run(arguments.out, plan, world_size=arguments.world_size)
@@ -63,7 +63,13 @@ def add_bench(commands: Any) -> None:
         "--strategy", nargs="+", choices=strategies, default=strategies, help="steps' engines"
     )
     parser.add_argument("--micro-batch-size", type=int, default=2, help="samples a step and rank")
-    parser.add_argument("--bucket-mib", type=float, default=25.0, help="MiB of a gradient bucket")
+    parser.add_argument(
+        "--bucket-mib",
+        nargs="+",
+        type=float,
+        default=[25.0],
+        help="MiB of a gradient bucket; each value has an engine in memory beside the others",
+    )
     parser.add_argument("--max-mib", type=int, help="largest message, MiB: 256 on GPUs, 16 on CPUs")
     parser.add_argument("--repeats", type=int, default=7, help="their median counts")
 
