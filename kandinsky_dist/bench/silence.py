@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -24,14 +24,10 @@ def silent() -> Iterator[None]:
         import deepspeed.comm
 
         places += [(deepspeed.comm.comm.cdb, name) for name in DEEPSPEED]
-    patches = [patch.object(place, name, _at_once) for place, name in places]
-    try:
-        for each in patches:
-            each.start()
+    with ExitStack() as stack:
+        for place, name in places:
+            stack.enter_context(patch.object(place, name, _at_once))
         yield
-    finally:
-        for each in reversed(patches):
-            each.stop()
 
 
 class _Done:

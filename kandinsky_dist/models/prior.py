@@ -84,13 +84,13 @@ class PadFreePrior(PriorTransformer):
         noised_BKD = self.proj_in(hidden_states).view(len(hidden_states), num_draws, -1)
         places = self.positional_embedding.to(text_BLD.dtype)
         pooled_place, time_place, noised_place, readout_place = places[:, -4:].split(1, dim=1)
-        readout = self.prd_embedding.to(text_BLD.dtype) + readout_place
+        readout_D = (self.prd_embedding.to(text_BLD.dtype) + readout_place).flatten()
         behind_BTD = torch.cat(
             [
                 pooled_BD[:, None] + pooled_place,
                 times_ND.view_as(noised_BKD) + time_place,
                 noised_BKD + noised_place,
-                readout.expand_as(noised_BKD),
+                readout_D.expand_as(noised_BKD),
             ],
             dim=1,
         )

@@ -208,6 +208,24 @@ def test_one_draw_needs_no_mask_but_in_the_last_layer():
         assert given[-1].shape == (3, 1, 28)
 
 
+@pytest.mark.parametrize("lengths", [[5], [5, 9]], ids=str)
+def test_gradients_arrive_laid_out_as_their_weights(lengths):
+    """DDP's buckets want that, and torch warns of every other layout."""
+    _, ours = networks()
+    found = []
+    for name, weight in ours.named_parameters():
+        if weight.requires_grad:
+            weight.register_hook(
+                lambda gradient, name=name, weight=weight: found.append(
+                    (name, gradient.stride() == weight.stride())
+                )
+            )
+    arguments, _ = inputs(lengths)
+    ours(**cut(arguments, max(lengths))).predicted_image_embedding.sum().backward()
+    assert len(found) > 10
+    assert [name for name, is_alike in found if not is_alike] == []
+
+
 def test_the_last_layer_computes_what_is_read():
     _, ours = networks()
     rows = {}
