@@ -32,8 +32,6 @@ READING = """
 **Exposed** is what a step takes beyond the one without communication: the median of the differences within
 each round, and its share of the step. Below 0 it is less than the machine's noise.
 """
-
-
 ON_CPUS = """
 Here ranks communicate with the cores that they compute with: little can be hidden, and each bucket costs.
 """
