@@ -21,9 +21,10 @@ def silent() -> Iterator[None]:
     """
     places: list[tuple[Any, str]] = [(dist, name) for name in TORCH]
     if "deepspeed" in sys.modules:
-        import deepspeed.comm
+        from deepspeed.comm import comm
 
-        places += [(deepspeed.comm.comm.cdb, name) for name in DEEPSPEED]
+        if comm.cdb is not None:  # DeepSpeed has joined the process group
+            places += [(comm.cdb, name) for name in DEEPSPEED]
     with ExitStack() as stack:
         for place, name in places:
             stack.enter_context(patch.object(place, name, _at_once))
