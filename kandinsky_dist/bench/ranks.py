@@ -9,6 +9,7 @@ import torch
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from kandinsky_dist.errors import ConfigError
+from kandinsky_dist.runtime.deadline import arm
 
 Result = TypeVar("Result")
 
@@ -37,8 +38,15 @@ def run_on_ranks(function: Callable[..., Result], world_size: int, *arguments: A
         start_method="spawn",
     )
     with environment(machine_settings(world_size)):  # the new processes inherit it
-        results = elastic_launch(launch, function)(*arguments)
+        results = elastic_launch(launch, _run_and_end)(function, *arguments)
     return [results[rank] for rank in range(world_size)]
+
+
+def _run_and_end(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call `function`; after it, the process ends in time even if the interpreter hangs at its end."""
+    result = function(*arguments)
+    arm(0)
+    return result
 
 
 def machine_settings(world_size: int, *, is_on_cpu: bool = False) -> dict[str, str]:

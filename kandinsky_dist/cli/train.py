@@ -25,9 +25,13 @@ def add_train(commands: Any) -> None:
             from kandinsky_dist.train.trainer import Trainer
 
             patience = Watchdog.collective_timeout(resolved.config.watchdog)
-            # Said before the group is left: that may have to wait for ranks that wait for this one.
             run_folder = resolve.run_dir(resolved.config)
-            with Watchdog() as dog, joined(patience, run_folder) as process, failures_said():
+            # The outcome is printed and recorded before the groups are left: a process may hang there.
+            with (
+                joined(patience, run_folder, is_recorded=True) as process,
+                Watchdog() as dog,
+                failures_said(),
+            ):
                 Trainer(resolved, process, stop, dog).run()
 
     add_configured(commands, "train", run, "Trains a stage; the same command again continues it.")

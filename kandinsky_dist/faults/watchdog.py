@@ -75,6 +75,9 @@ class Watchdog:
         self._device_steps, self._device_since = 0, 0.0
         self._is_entered = False
         self._watched: Watched | None = None
+        self._progress: Callable[[], int] = lambda: 0
+        self._save_seconds: Callable[[], float] = lambda: 0.0
+        self._every = 0.0
         self._thread: threading.Thread | None = None
         self._is_over = threading.Event()
         self._num_beats = 0
@@ -105,6 +108,10 @@ class Watchdog:
             found = explained(error) or (explained(error.__cause__) if error.__cause__ else None)
             line, code = found or (f"{type(error).__name__}: {error}", EXIT_CODE)
         self._say_how_it_ended(code, line)
+        self._progress, self._save_seconds = (
+            int,
+            float,
+        )  # their objects own process groups, which are left next
 
     def begin(self, watched: Watched, progress: Callable[[], int], save_seconds: Callable[[], float]) -> None:
         """Starts to watch, from another thread. Does nothing where the watchdog is not entered.

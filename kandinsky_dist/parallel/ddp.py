@@ -49,11 +49,17 @@ class DDPStrategy(Strategy):
                 **CONSTANT_BUFFERS,
                 **bucket_arguments(self.config.parallel),
             )
+            self.process.before_leaving(self._release_group)
             if self.config.parallel.gradient_compression != "none":
                 dtype = COMPRESSED[self.config.parallel.gradient_compression]
                 self._ddp.register_comm_hook(dtype, reduce_compressed)
         self._must_learn_graph = self.config.parallel.static_graph
         return self._ddp or module
+
+    def _release_group(self) -> None:
+        """Drop DDP's references to the group; there is no backward after it."""
+        for name in ("reducer", "logger", "process_group"):
+            setattr(self._ddp, name, None)
 
     def accumulate(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Gradients stay local until the last micro-batch."""

@@ -147,3 +147,10 @@ def import_deepspeed(device_type: str) -> Any:
         # than gloo; a CPU run is for trying things out, where neither is wanted.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def release_groups() -> None:
+    """Drop DeepSpeed's reference to its clone of the world's group, which it keeps beside its engines."""
+    import deepspeed.utils.groups
+
+    deepspeed.utils.groups._WORLD_GROUP = None

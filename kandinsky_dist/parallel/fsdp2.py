@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from kandinsky_dist.models.blocks import blocks
 from kandinsky_dist.optim.adamw import ensure_state, set_step_count
@@ -55,6 +56,8 @@ class FSDP2Strategy(Strategy):
         self._named = [(name, item) for name, item in module.named_parameters() if item.requires_grad]
         self._optimizer = plan.optimizer(self._named)
         ensure_state(self._optimizer, (item for _, item in self._named))
+        # DTensor's cache of sharding decisions holds the mesh and its groups.
+        self.process.before_leaving(_clear_sharding_prop_cache)
         return module
 
     @contextmanager

@@ -68,6 +68,8 @@ class ZeroStrategy(Strategy):
             # At the least scale a step is skipped like any other, and the guard judges how often that may be.
             self._scaler.raise_error_at_min_scale = False
         ensure_state(self._adamw, self._masters())
+        self.process.before_leaving(ds_config.release_groups)
+        self.process.before_leaving(self._engine.destroy)  # its hooks on weights would keep it and its groups
         return self._engine
 
     def _build(self, deepspeed: Any, plan: ModelPlan) -> nn.Module:

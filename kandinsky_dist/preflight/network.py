@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
+from kandinsky_dist.errors import KandinskyError
+
 MESSAGE_BYTES = 64 * 2**20
 """Long enough that latency does not count."""
 REPEATS = 3
@@ -64,6 +66,8 @@ def measure(node: str, environ: Mapping[str, str]) -> Links:
     import torch
     import torch.distributed as dist
 
+    from kandinsky_dist.runtime.process import Process, leave
+
     index, num_nodes = int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"])
     host, _, port = environ["RENDEZVOUS"].rpartition(":")
     has_gpu = torch.cuda.is_available()
@@ -107,5 +111,5 @@ def measure(node: str, environ: Mapping[str, str]) -> Links:
         if other is not None:
             pairs.append(MESSAGE_BYTES / taken / 1e9)
     dist.barrier()
-    dist.destroy_process_group()
+    leave(Process(index, 0, num_nodes, device), KandinskyError.exit_code)
     return Links(node, all_reduce, tuple(pairs))

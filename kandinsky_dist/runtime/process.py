@@ -1,9 +1,12 @@
 """This process among all ranks: its device, and the process group for as long as it trains."""
 
+import gc
+import inspect
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from kandinsky_dist.config.ranks import read_ranks
-from kandinsky_dist.errors import ConfigError, StoppedError
+from kandinsky_dist.errors import ConfigError, KandinskyError, StoppedError
+from kandinsky_dist.runtime.deadline import deadline
 from kandinsky_dist.runtime.heap import keep_freed_memory
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -31,6 +35,26 @@ class Process:
     local_rank: int
     world_size: int
     device: torch.device
+    _releases: list[Callable[[], Callable[[], None] | None]] = field(
+        default_factory=list, repr=False, compare=False
+    )
+
+    def before_leaving(self, release: Callable[[], None]) -> None:
+        """Have `release` called before the process groups are destroyed; a method, if its object still lives.
+
+        For owners that would outlive a group. The last one to go waits for the group's threads, which may
+        need the interpreter's lock: Python's own references are dropped without that lock, but others, such
+        as that of DDP's reducer, are not and would wait forever.
+        """
+        is_method = inspect.ismethod(release)
+        self._releases.append(weakref.WeakMethod(release) if is_method else lambda: release)
+
+    def release_groups(self) -> None:
+        """Call what `before_leaving` was given, the latest first."""
+        while self._releases:
+            release = self._releases.pop()()
+            if release is not None:
+                release()
 
     @property
     def is_first(self) -> bool:
@@ -39,14 +63,18 @@ class Process:
 
 
 @contextmanager
-def joined(timeout: timedelta = DEFAULT_TIMEOUT, run_dir: Path | None = None) -> Iterator[Process]:
-    """Joins the process group for the length of the context.
+def joined(
+    timeout: timedelta = DEFAULT_TIMEOUT, run_dir: Path | None = None, *, is_recorded: bool = False
+) -> Iterator[Process]:
+    """Join the process group for the length of the context.
 
     A process group is made for a single process too, so that there is one code path.
 
     Args:
         timeout: longest that a collective waits for a rank; `cpu_group` takes it over.
         run_dir: where NCCL leaves its last collectives when one of them times out, in nccl_flight_RANK.
+        is_recorded: the outcome has been recorded when the context ends. A process that hangs while it leaves
+            its groups is then ended with the exit code of that outcome (0, or 75 after a stop), else with 1.
 
     Raises:
         ConfigError: the launcher's variables contradict each other or the number of GPUs.
@@ -56,6 +84,10 @@ def joined(timeout: timedelta = DEFAULT_TIMEOUT, run_dir: Path | None = None) ->
     if run_dir is not None:
         _keep_flight_record(run_dir / "nccl_flight_")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Functions there take the default group of the moment of their import as a default argument: imported
+    # later, by DDP for example, they would keep the group after it is destroyed.
+    import torch.distributed.nn.functional  # noqa: F401
+
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
     else:
@@ -66,17 +98,31 @@ def joined(timeout: timedelta = DEFAULT_TIMEOUT, run_dir: Path | None = None) ->
     names = {"RANK": ranks.rank, "LOCAL_RANK": ranks.local_rank, "WORLD_SIZE": ranks.world_size}
     made = [name for name in names if name not in os.environ]
     os.environ.update({name: str(value) for name, value in names.items()})
+    process = Process(ranks.rank, ranks.local_rank, ranks.world_size, device)
     try:
-        yield Process(ranks.rank, ranks.local_rank, ranks.world_size, device)
+        yield process
     except Exception as error:
         # After any other error the group is not left: that can wait for ranks that wait for this one.
         if getattr(error, "exit_code", None) == StoppedError.exit_code:
-            dist.destroy_process_group()
+            leave(process, StoppedError.exit_code if is_recorded else KandinskyError.exit_code)
         raise
     finally:
         for name in made:
             os.environ.pop(name, None)
-    dist.destroy_process_group()
+    leave(process, 0 if is_recorded else KandinskyError.exit_code)
+
+
+def leave(process: Process, exit_code: int) -> None:
+    """Destroy all process groups, after what owns them has let go of them.
+
+    Args:
+        process: this one.
+        exit_code: with which the process is ended if it hangs here, see `deadline`.
+    """
+    with deadline(exit_code):
+        process.release_groups()
+        gc.collect()  # owners in reference cycles go now, while the groups are still there
+        dist.destroy_process_group()
 
 
 def cpu_group() -> dist.ProcessGroup:

@@ -1,5 +1,6 @@
 """Runs in the background that tests kill, stop and disturb."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -77,3 +79,12 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The ranks' data workers."""
     return [child for rank in ranks_of(process).values() for child in rank.children()]
+
+
+def thread_names() -> list[str]:
+    """The names of this process's threads, as the system knows them."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            names.append((task / "comm").read_text().strip())
+    return names
