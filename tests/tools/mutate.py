@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when this file is started as a program
 
-from tools.changed import PACKAGE, ROOT, TIERS, ImportGraph, select
+from tools.changed import PACKAGE, ROOT, TIERS, ImportGraph, Selected, select
 from tools.draws import draw
 from tools.operators import Edit, edits_of
 from tools.trial import Copy, Trial
@@ -58,6 +58,21 @@ def recorded(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(record["id"], record["diff"]): record for record in records}
 
 
+def grouped(selected: list[Selected], tiers: list[str]) -> list[tuple[str, list[str]]]:
+    """Return the test files of one pytest run each: of every tier the nearest ones, then the others.
+
+    Most edits are caught by the nearest tests, which import far less than all tests together.
+    """
+    groups = []
+    for tier in tiers:
+        found = [one for one in selected if one.tier == tier]
+        for is_nearest in (True, False):
+            files = [one.path for one in found if (one.distance == found[0].distance) == is_nearest]
+            if files:
+                groups.append((tier, files))
+    return groups
+
+
 def run(root: Path, edits: list[Edit], out: Path, tiers: list[str], limit: float, words: list[str]) -> int:
     """Run the tests on each edit that has no record yet; returns 0 if none survived, otherwise 1."""
     done = recorded(out)
@@ -71,15 +86,14 @@ def run(root: Path, edits: list[Edit], out: Path, tiers: list[str], limit: float
                     continue
                 path = f"{PACKAGE}/{edit.path}"
                 selected = select(graph, [path])
-                groups = {tier: [one.path for one in selected if one.tier == tier] for tier in tiers}
                 source = source_of(copy.folder, edit)
                 record = {
                     "id": edit.id,
                     "room": edit.path.partition("/")[0],
                     "operator": edit.operator,
                     "diff": key[1],
-                    **trial.run(copy.folder / path, source, edit.applied(source), groups),
-                    "num_selected": {tier: len(files) for tier, files in groups.items()},
+                    **trial.run(copy.folder / path, source, edit.applied(source), grouped(selected, tiers)),
+                    "num_selected": {tier: sum(one.tier == tier for one in selected) for tier in tiers},
                 }
                 done[key] = record
                 file.write(json.dumps(record) + "\n")

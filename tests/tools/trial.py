@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,8 @@ class Copy:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._temporary = Path(tempfile.mkdtemp(prefix="mutate-"))
+        self._owner = tempfile.TemporaryDirectory(prefix="mutate-", ignore_cleanup_errors=True)
+        self._temporary = Path(self._owner.name)
         self.folder = self._temporary / "checkout"
         self._num_writes = 0
 
@@ -71,7 +72,7 @@ class Copy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._owner.cleanup()
 
     def write(self, path: Path, source: bytes) -> None:
         """Write a file with a new modification time, which tells Python that its cached code is stale.
@@ -144,7 +145,7 @@ class Trial:
         self._passes: dict[str, bool] = {}  # test -> whether it passes without an edit
 
     def run(
-        self, path: Path, source: bytes, edited: bytes, groups: Mapping[str, Sequence[str]]
+        self, path: Path, source: bytes, edited: bytes, groups: Sequence[tuple[str, Sequence[str]]]
     ) -> dict[str, Any]:
         """Run the tests on an edited file, then restore it.
 
@@ -152,7 +153,7 @@ class Trial:
             path: file in the copy.
             source: its content without the edit.
             edited: with it.
-            groups: tier -> test files; the next tier is run if the one before passes.
+            groups: tier and test files of one pytest run each; a group is run if the one before passes.
 
         Returns:
             outcome ("caught", "hung", "survived" or "unfinished"), by (the test that failed, or the reason),
@@ -161,11 +162,11 @@ class Trial:
         seconds = 0.0
         result = {
             "outcome": "survived",
-            "by": "" if any(groups.values()) else "no test reaches it",
+            "by": "" if groups else "no test reaches it",
             "tier": "",
         }
-        for tier, files in groups.items():
-            while files and result["outcome"] == "survived":
+        for tier, files in groups:
+            while result["outcome"] == "survived":
                 self._copy.write(path, edited)
                 started = time.monotonic()
                 try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from tools import mutate
-from tools.changed import PACKAGE, ROOT
+from tools.changed import PACKAGE, ROOT, Selected
 from tools.draws import draw
 from tools.operators import edits_of
 
@@ -128,6 +128,16 @@ def test_here_every_drawn_edit_compiles_and_differs_in_one_place_outside_of_docs
         start_line = source.count(b"\n", 0, edit.start)
         assert [line[2:] for line in removed] == source.decode().splitlines()[start_line:][: len(removed)]
         assert _docstrings(before) == _docstrings(after), edit.id
+
+
+def test_the_nearest_tests_of_a_tier_are_run_before_its_others():
+    distances = {"a": (1, "unit"), "b": (1, "unit"), "c": (2, "unit"), "d": (3, "process"), "e": (3, "slurm")}
+    selected = [Selected(distance, tier, path) for path, (distance, tier) in distances.items()]
+    assert mutate.grouped(selected, ["unit", "process"]) == [
+        ("unit", ["a", "b"]),
+        ("unit", ["c"]),
+        ("process", ["d"]),
+    ]
 
 
 def _docstrings(tree):
