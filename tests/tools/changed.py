@@ -116,7 +116,7 @@ class ImportGraph:
 
     def _files(self, dotted: Iterable[str], names: dict[str, Path]) -> set[str]:
         """Return the files of modules, by dotted names, and of the packages around them."""
-        found = set()
+        found: set[str] = set()
         for name in dotted:
             parts = name.split(".")
             prefixes = (".".join(parts[: length + 1]) for length in range(len(parts)))
@@ -182,7 +182,7 @@ def _parameters(nodes: Iterable[ast.AST]) -> set[str]:
         if isinstance(node, ast.arg):
             found.add(node.arg)
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in BY_NAME:
-            found.update(part.value for part in node.args if isinstance(part, ast.Constant))
+            found.update(str(part.value) for part in node.args if isinstance(part, ast.Constant))
     return found
 
 
