@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.imports import imported_by, modules
 
 import kandinsky_dist
 
@@ -52,39 +53,11 @@ BRINGS_TORCH = {
 }
 
 
-def modules() -> dict[str, Path]:
-    """Dotted name -> file of every module of the package."""
-    names = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return names
-
-
-MODULES = modules()
-
-
-def imported_by(name: str, source: str, *, is_package: bool = False) -> set[str]:
-    """Dotted names that a module imports anywhere, in functions and for the type checker too."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = name.split(".") if is_package else name.split(".")[:-1]
-                parents = parents[: len(parents) - (node.level - 1)]
-                base = ".".join([*parents, base] if base else parents)
-            # "from kandinsky_dist.data import plan" imports the module plan, "import Plan" only a name.
-            found.update(
-                f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names
-            )
-    return found
-
-
+MODULES = modules(PACKAGE, PACKAGE.parent)
 IMPORTS = {
-    name: imported_by(name, path.read_text(), is_package=path.name == "__init__.py")
+    name: imported_by(
+        name, ast.walk(ast.parse(path.read_text())), MODULES, is_package=path.stem == "__init__"
+    )
     for name, path in MODULES.items()
 }
 
@@ -128,7 +101,8 @@ def test_imports_point_downward(name):
     ],
 )
 def test_an_upward_or_sideways_import_is_noticed(name, source):
-    assert upward_imports(name, imported_by(name, source, is_package=name == NAME)) != []
+    imports = imported_by(name, ast.walk(ast.parse(source)), MODULES, is_package=name == NAME)
+    assert upward_imports(name, imports) != []
 
 
 def closure(name: str) -> set[str]:
