@@ -18,6 +18,8 @@ from typing import Literal, Protocol
 GRACE_SECONDS = 5.0
 """Between the request to stop and the kill. Part of a step's budget."""
 
+POLL_SECONDS = 0.05
+
 Verdict = Literal["passed", "failed", "stopped", "left out"]
 
 
@@ -187,14 +189,10 @@ class Processes:
                 start_new_session=True,
             )
         self._running.add(process)
-        is_over = False
-        try:
-            process.wait(max(0.0, budget_seconds - self._grace_seconds))
-        except subprocess.TimeoutExpired:
-            is_over = True
+        is_over = not _ends_within(process, budget_seconds - self._grace_seconds)
+        if is_over:
             _signal_group(process, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(self._grace_seconds)
+            _ends_within(process, self._grace_seconds)
         self._end(process)
         seconds = time.monotonic() - begin
         output_text = path.read_text("utf-8", "replace")
@@ -219,10 +217,26 @@ class Processes:
             self._end(process)
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
+        if process not in self._running:
+            return
+        self._running.remove(process)
         # Also after a normal end: a step may leave children behind, which would disturb the next one.
         _signal_group(process, signal.SIGKILL)
         process.wait()
-        self._running.discard(process)
+
+
+def _ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Wait for a process without reaping it, so that its group's number cannot be given to another one."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None:
+                return True
+        except ChildProcessError:  # ended by `close`
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(POLL_SECONDS)
 
 
 def last_line(text: str) -> str:
