@@ -60,6 +60,7 @@ def run(
     log = out / "gpu.log"
     log.write_bytes(b"")
     scratch = Path(tempfile.mkdtemp(prefix="kandinsky-gpu."))
+    os.environ["TMPDIR"] = str(scratch)  # what the steps leave in it is removed too
     try:
         steps = plan(scratch, TESTS, size=size, device_type=device_type, stages=stages)
         device = device_name(device_type)
