@@ -89,7 +89,11 @@ def plan(
                 sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider",
                 "--basetemp", str(scratch / "pytest"), *gpu_tests,
             ),
-            missing=(*(() if is_gpu else ("a CUDA device",)), *missing(TEST_PACKAGES)),
+            missing=(
+                *(() if is_gpu else ("a CUDA device",)),
+                *(() if gpu_tests else ("the checkout's tests",)),
+                *missing(TEST_PACKAGES),
+            ),
         ),
     ]  # fmt: skip
     for stage in stages:

@@ -138,6 +138,10 @@ def test_missing_packages_are_named(tmp_path):
     missing = {step.name: step.missing for step in steps}
     assert missing[plan.TESTS] == ("a CUDA device", "webdataset")
     assert missing[plan.MEMORY] == ("webdataset",)
+    nowhere = plan.plan(
+        tmp_path, tmp_path, size="full", device_type="cuda", stages=(), is_there=lambda package: True
+    )
+    assert {step.name: step.missing for step in nowhere}[plan.TESTS] == ("the checkout's tests",)
 
 
 def test_the_vocabulary_is_missing_only_where_pip_has_no_network_and_no_wheel(tmp_path, monkeypatch):
