@@ -17,6 +17,8 @@ from kandinsky_dist.bench import (
     scaling_report,
     train_report,
 )
+from kandinsky_dist.bench.gpu import memory as memory_gpu
+from kandinsky_dist.bench.gpu import report as gpu_report
 from kandinsky_dist.bench.record import Record
 from kandinsky_dist.errors import DataError
 
@@ -32,6 +34,8 @@ REPORTS: dict[str, Callable[[Record], str]] = {
     "draws": draws_report.to_markdown,
     "estimate": forecast_report.to_markdown,
     "faults": faults_report.to_markdown,
+    "gpu": gpu_report.to_markdown,
+    "memory_gpu": memory_gpu.to_markdown,
 }
 
 

@@ -16,10 +16,11 @@ import torch
 
 from kandinsky_dist.bench.data_samples import key, photographs
 from kandinsky_dist.config.schema import Stage
+from kandinsky_dist.data.manifest import MANIFEST_NAME
 from kandinsky_dist.data.packing.writer import write_shards
 from kandinsky_dist.errors import ConfigError
 from kandinsky_dist.models.architectures import Size
-from kandinsky_dist.models.init import initialise
+from kandinsky_dist.models.init import MARKER, initialise
 from kandinsky_dist.models.token_lengths import token_counter
 
 NUM_SHARDS = 4
@@ -91,6 +92,8 @@ def make_models(out: Path, size: Size, given: Path | None) -> Path:
     folder = out / f"models_{size}"
     if size != "full":
         initialise(size, folder)
+        return folder
+    if (folder / MARKER).is_file():
         return folder
     # Half the bytes to read for networks that take minutes; they are trained in fp32 all the same. In a
     # process of its own: what it touches of the GPU's memory would be kept from the cases.
@@ -172,6 +175,8 @@ def cached_shards(out: Path, stage: Stage, settings: Mapping[str, str]) -> Path:
     }
     text = json.dumps(mine)
     folder = out / f"cached_{stage}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    if (folder / MANIFEST_NAME).is_file():  # written last: nothing is left to do, and no process to start
+        return folder
     words = [f"--{name}={value}" for name, value in mine.items()]
     # In a process of its own: what encoders leave behind in this one would be inherited by nobody, but kept.
     command = [sys.executable, "-m", "kandinsky_dist", "precompute", stage, "--out", str(folder), *words]

@@ -6,6 +6,7 @@ from typing import Any
 
 from kandinsky_dist.cli.arguments import SIZES, command, group
 from kandinsky_dist.cli.bench_faults import add_faults
+from kandinsky_dist.cli.bench_gpu import add_gpu
 from kandinsky_dist.cli.bench_training import add_training
 from kandinsky_dist.config.schema import STAGES
 
@@ -15,6 +16,7 @@ def add_bench(commands: Any) -> None:
     commands = group(commands, "bench", "Measured tables: a JSON record and the table rendered from it.")
     add_training(commands)
     add_faults(commands)
+    add_gpu(commands)
 
     def memory(arguments: argparse.Namespace) -> None:
         from kandinsky_dist.bench.memory import run

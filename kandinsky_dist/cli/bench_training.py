@@ -21,7 +21,7 @@ def add_training(commands: Any) -> None:
         run(
             arguments.out,
             _plan(arguments),
-            _inputs(arguments),
+            inputs_of(arguments),
             stages=arguments.stage,
             vary=arguments.vary,
             with_baseline=not arguments.no_baseline,
@@ -55,7 +55,7 @@ def add_training(commands: Any) -> None:
         run(
             arguments.out,
             _plan(arguments),
-            _inputs(arguments),
+            inputs_of(arguments),
             stages=arguments.stage,
             strategies=arguments.strategy,
             modes=arguments.mode,
@@ -100,7 +100,7 @@ def add_training(commands: Any) -> None:
         suite,
         "Ladder and scaling of both stages, and the page about performance from them.",
     )
-    _add_inputs(parser, "the records, pages and pictures of bench train and bench scaling")
+    add_inputs(parser, "the records, pages and pictures of bench train and bench scaling")
     parser.add_argument(
         "--strategy", nargs="+", choices=ENGINES, default=["ddp"], help="engines of the scaling"
     )
@@ -108,7 +108,7 @@ def add_training(commands: Any) -> None:
 
 def _add_common(parser: argparse.ArgumentParser, name: str) -> None:
     parser.set_defaults(takes_settings=True)
-    _add_inputs(parser, f"{name}.json, {name}.md and {name}.png")
+    add_inputs(parser, f"{name}.json, {name}.md and {name}.png")
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=STAGES, help="which networks")
     parser.add_argument("--warmup", type=int, default=2, help="steps of a case before its first turn")
     parser.add_argument("--steps", type=int, default=2, help="steps of a turn")
@@ -120,7 +120,13 @@ def _add_common(parser: argparse.ArgumentParser, name: str) -> None:
     )
 
 
-def _add_inputs(parser: argparse.ArgumentParser, files: str) -> None:
+def add_inputs(parser: argparse.ArgumentParser, files: str) -> None:
+    """Add the arguments that name the networks and the corpus.
+
+    Args:
+        parser: of the command.
+        files: that the command writes, for --help.
+    """
     parser.add_argument("out", type=Path, help=f"folder for {files}, and for networks and corpus")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the networks and the corpus")
     parser.add_argument("--models", type=Path, help="folder with prior/ and decoder/ in place of random ones")
@@ -139,7 +145,8 @@ def _plan(arguments: argparse.Namespace) -> Any:
     )
 
 
-def _inputs(arguments: argparse.Namespace) -> Any:
+def inputs_of(arguments: argparse.Namespace) -> Any:
+    """Return the `Inputs` that the arguments name."""
     from kandinsky_dist.bench.train import Inputs
 
     settings: Mapping[str, Any] = command_line_layer(arguments.settings).values

@@ -161,9 +161,14 @@ def _copy_tokenizer(source: str, folder: Path) -> None:
             shutil.copyfile(path / name, folder / name)
 
 
+def vocabulary_cache() -> Path:
+    """Return the user's folder that CLIP's vocabulary is kept in."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kandinsky-dist"
+
+
 def _vocabulary_file() -> Path:
     """CLIP's public merges in the user's cache, fetched on first use."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kandinsky-dist"
+    cache = vocabulary_cache()
     path = cache / Path(VOCABULARY_MEMBER).name
     if path.is_file():
         return path
