@@ -1,6 +1,8 @@
 """What any run imports and builds first: the fork server does it once for all of them."""
 
 # ruff: noqa: F401
+import gc
+
 import deepspeed.runtime.zero.muon.muon_optimizer  # brings inductor, which takes as long as all else
 import diffusers.models.autoencoders.vq_model
 import diffusers.models.transformers.prior_transformer
@@ -19,3 +21,5 @@ import kandinsky_dist.train.trainer
 
 Image.init()
 get_checkpoint_conversion_mapping("clip")  # a thousand regular expressions
+gc.collect()
+gc.freeze()  # half a million objects, which every collection of every rank would look through, and so copy
