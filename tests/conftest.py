@@ -1,7 +1,8 @@
-"""Tiny networks and a small corpus, made once for all tests and all workers. Both are read only."""
+"""Tiny networks and a small corpus, made once for all tests and all workers; which cases of the campaign run."""
 
 import os
 import signal
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,40 @@ from hypothesis import settings
 signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
 settings.load_profile("untimed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --campaign."""
+    parser.addoption(
+        "--campaign",
+        default="none",
+        metavar="none|all|K/N",
+        help="tests and cases marked campaign: none of them (default), all beside the other tests, or the "
+        "K-th of N slices (K from 0 to N - 1) and no other test",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep what --campaign asks for."""
+    asked = config.getoption("campaign")
+    if asked == "all":
+        return
+    number, _, count = asked.partition("/")
+    if asked != "none" and not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise pytest.UsageError(f"--campaign={asked} must be none, all, or K/N with K from 0 to N - 1")
+
+    def is_kept(item: pytest.Item) -> bool:
+        is_campaign = item.get_closest_marker("campaign") is not None
+        if asked == "none":
+            return not is_campaign
+        # Cases of one test share what it prepares, and so a slice.
+        test = item.nodeid.partition("[")[0]
+        return is_campaign and zlib.crc32(test.encode()) % int(count) == int(number)
+
+    kept = [item for item in items if is_kept(item)]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if not is_kept(item)])
+        items[:] = kept
 
 
 @pytest.fixture(scope="session")

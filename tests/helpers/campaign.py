@@ -1,0 +1,44 @@
+"""Which cases of a large test are in the fast suite, and which in the campaign (`--campaign` in conftest.py)."""
+
+from collections.abc import Callable, Iterable
+from itertools import combinations
+from typing import Any
+
+import pytest
+
+
+def cases(every: Iterable[Any], is_fast: Callable[[Any], bool]) -> list[Any]:
+    """Return the parameters of a test, those that are not fast marked `campaign`.
+
+    Args:
+        every: values of `pytest.mark.parametrize`; tuples for several arguments.
+        is_fast: tells which of them the fast suite runs.
+    """
+    return [
+        case
+        if is_fast(case)
+        else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.campaign)
+        for case in every
+    ]
+
+
+def pairwise(every: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Return a few of the cases in which every pair of values of two arguments occurs that occurs in any case.
+
+    Greedy: each case taken covers the most pairs that are left; the first of equals wins.
+    """
+
+    def pairs(case: tuple[Any, ...]) -> set[Any]:
+        return {
+            (one, other, repr(case[one]), repr(case[other]))
+            for one, other in combinations(range(len(case)), 2)
+        }
+
+    rest = list(every)
+    left = set().union(*map(pairs, rest))
+    taken = []
+    while left:
+        best = max(rest, key=lambda case: len(pairs(case) & left))
+        taken.append(best)
+        left -= pairs(best)
+    return taken
