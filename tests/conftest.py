@@ -1,4 +1,4 @@
-"""Tiny networks and a small corpus, made once for all tests and all workers; which cases of the campaign run."""
+"""Tiny networks and a small corpus, made once for all tests and workers; which cases of the campaign run."""
 
 import os
 import signal

@@ -47,7 +47,7 @@ def run(
     for strategy in strategies:
         case = Case(stage, size, strategy, "auto")
         with tempfile.TemporaryDirectory(prefix="checkpoint_", dir=out) as folder:
-            found, device = run_on_ranks(_measure, world_size, case, Path(folder), num_repeats)[0]
+            found, device = run_on_ranks(measure, world_size, case, Path(folder), num_repeats)[0]
         rows += found
     record = Record.now(
         "checkpoint",
@@ -62,8 +62,8 @@ def run(
     print(to_markdown(record), end="")
 
 
-def _measure(case: Case, folder: Path, num_repeats: int) -> tuple[list[dict[str, Any]], str]:
-    """What each rank runs: a row for each mode."""
+def measure(case: Case, folder: Path, num_repeats: int) -> tuple[list[dict[str, Any]], str]:
+    """Measure one case on this rank and those beside it; returns a row for each mode, and the hardware."""
     with joined() as process:
         trained = _Trained(case, process)
         managers = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dist.ema_programs import evaluated, gather, recorded
 from helpers import forked
+from helpers.campaign import cases
 from helpers.command import DEFAULTS, losses, metrics
 from safetensors.torch import load_file
 
@@ -42,6 +43,8 @@ ENGINES: dict[str, tuple[str, dict[str, Any], int]] = {
     "zero2 in bf16": ("zero2", {"parallel.precision": "bf16"}, 2),
     "lora": ("zero2", {"model.variant": "lora"}, 2),
 }
+FAST = ("ddp", "hsdp", "zero2 in bf16", "zero3", "lora")
+"""FSDP2 is within HSDP, ZeRO-0 cuts as DDP does, ZeRO-1 as ZeRO-2."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -
         assert np.array_equal(value.view(np.int32), other[name].view(np.int32)), name
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", cases(ENGINES, FAST.__contains__))
 def test_averages_are_those_of_a_plain_loop_with_a_skipped_step(engine, by_engine):
     found = by_engine(engine)
     for facts in found.facts():
@@ -155,7 +158,7 @@ def test_averages_are_those_of_a_plain_loop_with_a_skipped_step(engine, by_engin
     assert_same_bits(before, after)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", cases(ENGINES, FAST.__contains__))
 def test_validation_of_an_average_changes_nothing(engine, by_engine):
     """On any rank: neither the weights that forward reads, nor what is trained afterwards."""
     found = by_engine(engine)
@@ -192,7 +195,7 @@ def evaluated_export(by_engine, settings, tmp_path_factory):
     return evaluate
 
 
-@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "lora"])
+@pytest.mark.parametrize("engine", cases([name for name in ENGINES if name != "lora"], FAST.__contains__))
 def test_every_rank_validates_the_whole_average(engine, by_engine, evaluated_export):
     # In fp32 all engines have the same average but for rounding, so one of them is exported for all.
     expected = evaluated_export(engine if "bf16" in engine else "ddp")

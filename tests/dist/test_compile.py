@@ -1,7 +1,6 @@
 """Compiled training is the same training under every engine, and compiles once."""
 
 import json
-import os
 
 import pytest
 from dist.compile_programs import train_and_count
@@ -10,22 +9,21 @@ from helpers.command import DEFAULTS, STAGE_DEFAULTS, metrics
 
 pytestmark = pytest.mark.dist
 
-IS_CAMPAIGN = "KANDINSKY_DIST_CAMPAIGN" in os.environ
 NUM_STEPS = 3
 # Name -> settings. The layers are the same; how an engine hooks into them and holds weights is its own.
-ENGINES = {
+FAST = {
     "ddp": {},
     "fsdp2": {"parallel.strategy": "fsdp2"},
     "zero1": {"parallel.strategy": "zero1"},
 }
-if IS_CAMPAIGN:
-    ENGINES |= {
-        "recomputed": {"parallel.gradient_checkpointing": True},
-        "bf16": {"parallel.precision": "bf16"},
-        "fsdp2_recomputed": {"parallel.strategy": "fsdp2", "parallel.gradient_checkpointing": True},
-        "zero0": {"parallel.strategy": "zero0"},
-        "zero2": {"parallel.strategy": "zero2"},
-    }
+ALL = {
+    **FAST,
+    "recomputed": {"parallel.gradient_checkpointing": True},
+    "bf16": {"parallel.precision": "bf16"},
+    "fsdp2_recomputed": {"parallel.strategy": "fsdp2", "parallel.gradient_checkpointing": True},
+    "zero0": {"parallel.strategy": "zero0"},
+    "zero2": {"parallel.strategy": "zero2"},
+}
 
 
 def settings_of(stage, tiny_models, small_corpus, run_dir, **extra):
@@ -55,17 +53,20 @@ def trained(stage, cases, out, world_size=2, timeout=1500):
 
 
 @pytest.mark.timeout(1600)
+@pytest.mark.parametrize(
+    "engines", [FAST, pytest.param(ALL, marks=pytest.mark.campaign)], ids=["some", "all"]
+)
 def test_every_engine_trains_as_it_does_without_and_a_second_start_compiles_nothing(
-    tiny_models, small_corpus, tmp_path
+    engines, tiny_models, small_corpus, tmp_path
 ):
     cases = {"eager": settings_of("prior", tiny_models, small_corpus, tmp_path / "eager")}
-    for name, extra in ENGINES.items():
+    for name, extra in engines.items():
         cases[name] = settings_of("prior", tiny_models, small_corpus, tmp_path / name, **extra) | {
             "parallel.compile": True,
             "parallel.compile_cache": str(tmp_path / "cache"),
         }
     found = trained("prior", cases, tmp_path)
-    for name in ENGINES:
+    for name in engines:
         compiled, figures = found[name]
         tolerance = 0.03 if name == "bf16" else 2e-5
         assert figures == pytest.approx(found["eager"][1], rel=tolerance), name
@@ -84,9 +85,8 @@ def test_every_engine_trains_as_it_does_without_and_a_second_start_compiles_noth
     assert second["cached"] > 0, second
 
 
-@pytest.mark.long
+@pytest.mark.campaign  # minutes of C++ compilation
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif(not IS_CAMPAIGN, reason="minutes of C++ compilation: KANDINSKY_DIST_CAMPAIGN=1 runs it")
 def test_the_decoder_trains_as_it_does_without(tiny_models, small_corpus, tmp_path):
     cases = {
         name: settings_of("decoder", tiny_models, small_corpus, tmp_path / name)

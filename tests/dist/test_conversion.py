@@ -1,7 +1,7 @@
 """What DeepSpeed or the diffusers scripts saved goes on here, and what we saved goes on there."""
 
 import json
-import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from dist.conversion_programs import (
     train_and_save_with_deepspeed,
 )
 from helpers import forked
+from helpers.campaign import cases
 from helpers.command import DEFAULTS, STAGE_DEFAULTS, losses, train_arguments
 from helpers.script_folder import save_script_folder
 from safetensors.torch import load_file
@@ -34,16 +35,11 @@ SETTINGS = {
     "optim.ema_decay": "[0.9]",
 }
 STRATEGIES = ("zero2", "zero3")
-IS_CAMPAIGN = "KANDINSKY_DIST_CAMPAIGN" in os.environ
-LOADERS = [("zero2", "zero2", 2), ("zero3", "zero3", 2), ("zero2", "zero1", 1)]
+LOADERS = cases(
+    product(STRATEGIES, ("zero1", "zero2", "zero3"), (1, 2, 3)),
+    [("zero2", "zero2", 2), ("zero3", "zero3", 2), ("zero2", "zero1", 1)].__contains__,
+)
 """Strategy that saves, strategy and number of ranks that DeepSpeed loads under."""
-if IS_CAMPAIGN:
-    LOADERS = [
-        (saving, loading, world_size)
-        for saving in STRATEGIES
-        for loading in ("zero1", "zero2", "zero3")
-        for world_size in (1, 2, 3)
-    ]
 
 
 def settings_for(models: Path, corpus: Path, run_dir: Path, strategy: str, **extra: Any) -> dict[str, Any]:

@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from helpers import running
 from helpers.command import keys, losses, train_arguments
-from helpers.forked import train
+from helpers.forked import started, train
 from helpers.running import ranks_of, wait_until
 
 from kandinsky_dist.checkpoint.layout import COMMIT, checkpoints_of
@@ -129,7 +127,7 @@ def freeze_in_a_write(process: Any, run_dir: Path, draw: random.Random) -> None:
     num_seen, wanted = 0, draw.randrange(1, 4)
     deadline = time.monotonic() + 180
     while True:
-        assert process.poll() is None, process.stderr.read()[-3000:]
+        assert process.poll() is None, process.said()[-3000:]
         assert time.monotonic() < deadline, "no write was met"
         if not is_unfinished():
             time.sleep(0.001)
@@ -158,16 +156,14 @@ def test_killed_at_random_moments_and_in_writes_it_ends_as_if_undisturbed(
     draw.shuffle(moments)
     for moment in moments[:KILLS_PER_RUN]:
         expected = newest(tmp_path)
-        with running.started(arguments, 2) as process:
-            moment(process, tmp_path, draw)
-            family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        with started(arguments, 2) as run:
+            moment(run, tmp_path, draw)
             if moment is wait_for_a_step and draw.random() < 0.5:
-                draw.choice(list(ranks_of(process).values())).kill()  # the launcher ends the other
-                process.wait(120)
+                draw.choice(list(ranks_of(run).values())).kill()  # the other loses its peer
+                run.wait(120)
             else:
-                for member in family:
-                    member.kill()
-            said = process.stderr.read()
+                run.kill()
+            said = run.said()
         assert_took(said, expected)
         assert last_step(tmp_path) < NUM_STEPS, "it was killed too late to show anything"
     expected = newest(tmp_path)  # None where both kills came before the first was whole

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from helpers.command import keys, losses, train_arguments
-from helpers.forked import train
+from helpers.forked import started, train
 from helpers.pictures import damage_samples, draw, write_corpus
-from helpers.running import started, wait_until, workers_of
+from helpers.running import wait_until, workers_of
 
 from kandinsky_dist.checkpoint.layout import checkpoints_of
 from kandinsky_dist.checkpoint.manager import newest_whole
@@ -26,7 +26,9 @@ pytestmark = pytest.mark.dist
 
 DATA, CONFIGURATION = 65, 78
 BATCH = 12
-NUM_STEPS = int(os.environ.get("KANDINSKY_DIST_CAMPAIGN", "40"))
+NUM_STEPS = int(os.environ.get("KANDINSKY_DIST_CAMPAIGN", "14"))
+NUM_SAMPLES = 10 * NUM_STEPS
+"""A little more than an epoch is trained on."""
 SETTINGS = (f"data.global_batch_size={BATCH}", "data.micro_batch_size=1")
 
 
@@ -87,10 +89,10 @@ def test_fewer_ranks_after_a_kill_leave_no_sample_in_two_audits(tiny_models, sma
 
 @pytest.mark.long
 def test_damaged_samples_are_replaced_alike_at_any_world_size(tiny_models, tmp_path):
-    """CI trains 40 steps on 400 samples; KANDINSKY_DIST_CAMPAIGN=500 is the whole campaign."""
+    """14 steps on 140 samples by default; KANDINSKY_DIST_CAMPAIGN=500 is the whole campaign."""
     corpus = tmp_path / "corpus"
-    write_corpus(corpus / "train", 0, 400, samples_per_shard=100, prefix="train")
-    num_damaged = damage_samples(corpus / "train", 0.01)
+    write_corpus(corpus / "train", 0, NUM_SAMPLES, samples_per_shard=NUM_SAMPLES // 4, prefix="train")
+    num_damaged = damage_samples(corpus / "train", 0.02)
     assert num_damaged >= 2
     found = {}
     for world_size, micro in ((1, 6), (4, 3)):
@@ -108,7 +110,7 @@ def test_damaged_samples_are_replaced_alike_at_any_world_size(tiny_models, tmp_p
     assert found[1] == found[4]
     assert found[1, "keys"] == found[4, "keys"]
     # Every pass over the corpus meets each damaged sample once; replacements meet it now and then too.
-    assert len(found[1]) >= num_damaged * (NUM_STEPS * BATCH // 400)
+    assert len(found[1]) >= num_damaged * (NUM_STEPS * BATCH // NUM_SAMPLES)
     assert len({entry["reason"] for entry in found[1]}) <= num_damaged
     used = {key for names in found[1, "keys"].values() for key in names}
     damaged = {entry["reason"].partition(":")[2].partition(":")[0] for entry in found[1]}
@@ -164,8 +166,7 @@ def test_a_shard_that_is_replaced_under_a_run_takes_all_ranks_to_a_checkpoint(ti
         os.replace(other, shard)
         for worker in workers_of(run):
             worker.send_signal(signal.SIGKILL)  # its successor opens the shard anew
-        _, stderr = run.communicate(timeout=180)
-        code = run.returncode
+        code, stderr = run.wait(180), run.said()
     assert code != 0
     assert "train-00002.tar has" in stderr
     assert "its manifest says" in stderr

@@ -1,14 +1,21 @@
 """The end of a process: it leaves its process groups, and ends in time with its exit code if it hangs."""
 
+import os
+import shutil
 import subprocess
 import sys
 
-import leaving_programs
 import pytest
+from dist import leaving_programs
 from helpers import forked
 from helpers.command import train_arguments
 
+from kandinsky_dist.bench.checkpoint import measure as measure_checkpoint
+from kandinsky_dist.bench.memory import Case
+
 pytestmark = pytest.mark.dist
+
+NUM_RUNS = int(os.environ.get("KANDINSKY_DIST_CAMPAIGN", "10"))
 
 
 # Not zero3: DeepSpeed keeps its stage-3 engines, whose references are Python's own and so go without a wait.
@@ -50,3 +57,33 @@ def test_an_interpreter_that_hangs_at_its_end_is_ended_with_the_exit_code_of_the
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 78, done.stderr
     assert "data.seed" in done.stderr
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
+def test_training_never_hangs_at_its_end(strategy, tiny_models, small_corpus, tmp_path):
+    places = {"models": tiny_models, "corpus": small_corpus, "strategy": strategy, "world_size": 2}
+    for number in range(NUM_RUNS):
+        run_dir = tmp_path / str(number)
+        done = forked.train("prior", "checkpoint.every_steps=2", **places, run_dir=run_dir, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert "most recent call first" not in done.stderr, f"run {number} hung: {done.stderr}"
+        shutil.rmtree(run_dir)
+
+
+@pytest.mark.campaign
+def test_bench_checkpoint_never_hangs_at_its_end(tmp_path):
+    """Where it was seen: the engine is a local of the function that has returned from its group."""
+    case = Case("prior", "tiny", "ddp", "auto")
+    for number in range(NUM_RUNS):
+        forked.run_on_ranks(measure_checkpoint, 2, case, tmp_path / str(number), 1)
+
+
+@pytest.mark.campaign
+def test_precompute_never_hangs_at_its_end(tiny_models, small_corpus, tmp_path):
+    shards = (f"--model.prior={tiny_models / 'prior'}", f"--data.shards={small_corpus / 'validation'}")
+    for number in range(NUM_RUNS):
+        out = tmp_path / str(number)
+        done = forked.command("precompute", "prior", *shards, f"--out={out}", world_size=2, timeout=200)
+        assert done.returncode == 0, done.stderr
+        shutil.rmtree(out)

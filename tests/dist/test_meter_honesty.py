@@ -5,7 +5,7 @@ import json
 import pytest
 from dist.meter_programs import PAUSE_SECONDS, STEP_SECONDS, counted_run, run_on_a_clock
 from helpers import forked
-from helpers.command import DEFAULTS, STAGE_DEFAULTS, metrics, train
+from helpers.command import DEFAULTS, STAGE_DEFAULTS, metrics
 
 pytestmark = pytest.mark.dist
 
@@ -35,7 +35,7 @@ def settings_of(stage, tiny_models, small_corpus, tmp_path):
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_rate_times_seconds_is_samples_over_a_run_with_pauses(stage, tiny_models, small_corpus, tmp_path):
     """From the command line, as anybody reads it: the entries of metrics.jsonl and nothing else."""
-    done = train(
+    done = forked.train(
         stage,
         *PAUSES,
         "telemetry.log_every_steps=2",

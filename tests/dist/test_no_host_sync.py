@@ -2,11 +2,13 @@
 
 import json
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
 from dist.programs import read_by_the_host
 from helpers import forked
+from helpers.campaign import cases
 from helpers.command import DEFAULTS, STAGE_DEFAULTS
 
 pytestmark = pytest.mark.dist
@@ -32,13 +34,17 @@ def readers(stage, strategy, tiny_models, small_corpus, tmp_path, world_size=2, 
     return Counter(json.loads((tmp_path / "rank_0.json").read_text()))
 
 
-@pytest.mark.parametrize("stage", ["prior", "decoder"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero0"])
+@pytest.mark.parametrize(
+    ("stage", "strategy"),
+    cases(
+        product(("prior", "decoder"), ("ddp", "fsdp2", "zero0")), lambda case: case != ("decoder", "zero0")
+    ),
+)
 def test_nothing_is_read_in_a_step(stage, strategy, tiny_models, small_corpus, tmp_path):
     assert not readers(stage, strategy, tiny_models, small_corpus, tmp_path)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero0"])
+@pytest.mark.parametrize("strategy", cases(["ddp", "fsdp2", "zero0"], "fsdp2".__eq__))
 def test_the_loss_scale_is_not_read_either(strategy, tiny_models, small_corpus, tmp_path):
     assert not readers("prior", strategy, tiny_models, small_corpus, tmp_path, precision="fp16")
 

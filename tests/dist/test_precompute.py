@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import forked
+from helpers.campaign import cases as split
 from helpers.command import keys, losses, metrics
 from helpers.lines import one_line
 from helpers.objective import batch_at, configuration, loader_of
@@ -28,7 +29,6 @@ from kandinsky_dist.train import build, corpora
 pytestmark = pytest.mark.dist
 
 STOPPED, CONFIGURATION = 75, 78
-IS_CAMPAIGN = "KANDINSKY_DIST_CAMPAIGN" in os.environ
 NUM_KILLS = 2 * int(os.environ.get("KANDINSKY_DIST_CAMPAIGN", "1"))
 BATCH = 12
 SETTINGS = (f"data.global_batch_size={BATCH}", "data.micro_batch_size=2")
@@ -213,7 +213,7 @@ def test_outputs_on_a_server_are_trained_on_as_those_on_a_disk(tiny_models, cach
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", list(CASES) if IS_CAMPAIGN else ["prior"])
+@pytest.mark.parametrize("case", split(CASES, "prior".__eq__))
 def test_processes_that_are_killed_at_random_leave_what_one_undisturbed_process_makes(
     case, tiny_models, tmp_path
 ):

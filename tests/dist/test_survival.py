@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import running
+from helpers import forked, running
 from helpers.command import keys, losses, train_arguments
 from helpers.forked import train
 from helpers.running import ranks_of, wait_until
@@ -32,7 +32,7 @@ NUM_KILLS = int(os.environ.get("KANDINSKY_DIST_CAMPAIGN", "2"))
 
 def started(world_size: int, stage: str, *settings: str, **places: Any) -> Any:
     """A run in the background; whatever is left of it is killed at the end."""
-    return running.started(train_arguments(stage, *SETTINGS, *settings, **places), world_size)
+    return forked.started(train_arguments(stage, *SETTINGS, *settings, **places), world_size)
 
 
 def last_step(run_dir: Path) -> int:
@@ -102,9 +102,9 @@ def test_a_signal_to_one_process_saves_and_ends_with_75(
     places = {"models": tiny_models, "corpus": small_corpus, "run_dir": tmp_path, "strategy": "ddp"}
     with started(1, "decoder", **places) as process:
         wait_until(lambda: last_step(tmp_path) >= 4, process)
-        process.send_signal(number)
-        assert process.wait(120) == 75, process.stderr.read()
-        said = process.stderr.read()
+        ranks_of(process)[0].send_signal(number)
+        assert process.wait(120) == 75, process.said()
+        said = process.said()
     assert "the same command continues" in said.splitlines()[-1]
     assert "Traceback" not in said
     saved = newest_whole(tmp_path / "checkpoints").folder
@@ -119,8 +119,9 @@ def test_a_signal_to_one_process_saves_and_ends_with_75(
 def test_a_signal_to_any_one_rank_stops_all_at_the_same_step(
     undisturbed, tiny_models, small_corpus, tmp_path
 ):
+    """From the command line, under torchrun."""
     places = {"models": tiny_models, "corpus": small_corpus, "run_dir": tmp_path, "strategy": "zero2"}
-    with started(2, "prior", **places) as process:
+    with running.started(train_arguments("prior", *SETTINGS, **places), 2) as process:
         wait_until(lambda: last_step(tmp_path) >= 2, process)
         ranks_of(process)[1].send_signal(signal.SIGUSR1)
         process.wait(120)

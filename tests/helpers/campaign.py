@@ -1,4 +1,4 @@
-"""Which cases of a large test are in the fast suite, and which in the campaign (`--campaign` in conftest.py)."""
+"""Cases of a large test: those of the fast suite, and those of the campaign (`--campaign` in conftest.py)."""
 
 from collections.abc import Callable, Iterable
 from itertools import combinations
@@ -23,7 +23,7 @@ def cases(every: Iterable[Any], is_fast: Callable[[Any], bool]) -> list[Any]:
 
 
 def pairwise(every: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Return a few of the cases in which every pair of values of two arguments occurs that occurs in any case.
+    """Return a few of the cases, in which every pair of values of two arguments occurs that any case has.
 
     Greedy: each case taken covers the most pairs that are left; the first of equals wins.
     """

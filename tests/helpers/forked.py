@@ -10,13 +10,14 @@ import pickle
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from typing import Any, TypeVar
 
+import psutil
 from helpers.command import train_arguments
 from torch.distributed import TCPStore
 
@@ -62,6 +63,79 @@ def command(
     return call(main, arguments, world_size=world_size, timeout=timeout, environment=environment)
 
 
+class Ranks:
+    """Ranks of a command in the background, with what `subprocess.Popen` has for the tests that disturb them.
+
+    Nobody ends the others when a rank ends: that is the launcher's task, and those tests have a launcher.
+    """
+
+    def __init__(self, processes: Sequence[BaseProcess], folder: Path) -> None:
+        self._processes = processes
+        self._folder = folder
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code of the ranks, the largest of theirs; None while one is running."""
+        codes = [process.exitcode for process in self._processes]
+        return None if None in codes else max(map(int, codes), key=abs)  # type: ignore[arg-type]
+
+    def poll(self) -> int | None:
+        """`returncode`."""
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Wait for all ranks; returns the exit code."""
+        deadline = time.monotonic() + timeout
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        if self.returncode is None:
+            raise TimeoutExpired("ranks", timeout, stderr=self.said())
+        return self.returncode
+
+    def said(self) -> str:
+        """What the ranks have written to stderr, one after another."""
+        ranks = range(len(self._processes))
+        return "".join((self._folder / f"err_{rank}").read_text() for rank in ranks)
+
+    def by_rank(self) -> dict[int, psutil.Process]:
+        """Rank -> its process."""
+        return {rank: psutil.Process(process.pid) for rank, process in enumerate(self._processes)}
+
+    def kill(self) -> None:
+        """SIGKILL to every rank and its workers at once."""
+        for process in self._processes:
+            if process.is_alive():
+                family = psutil.Process(process.pid)
+                for member in [*family.children(recursive=True), family]:
+                    with suppress(psutil.NoSuchProcess):
+                        member.kill()
+        for process in self._processes:
+            process.join()
+
+
+@contextmanager
+def started(arguments: Sequence[str], world_size: int) -> Iterator[Ranks]:
+    """`helpers.running.started` without the imports and without a launcher; what is left of it is killed."""
+    from kandinsky_dist.cli import main
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        store = _store(world_size)
+        processes = [
+            _start(main, [list(arguments)], folder, rank, world_size, store, {}) for rank in range(world_size)
+        ]
+        ranks = Ranks(processes, folder)
+        try:
+            yield ranks
+        finally:
+            ranks.kill()
+
+
+def _store(world_size: int) -> TCPStore | None:
+    """A store at a port of the system's choice, held as long as the ranks run, as torchrun's own is."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world_size > 1 else None
+
+
 def start(folder: Path, *words: object) -> BaseProcess:
     """Starts one `kandinsky-dist` command, which the process ends like; it speaks to `folder`/err_0."""
     from kandinsky_dist.cli import main
@@ -79,8 +153,7 @@ def call(
     """Calls a function of a module's top level on every rank; what it returns is the rank's exit code."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        # A port of the system's choice, held from here on, as torchrun's own store is.
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if world_size > 1 else None
+        store = _store(world_size)
         ranks = [
             _start(function, arguments, folder, rank, world_size, store, environment or {})
             for rank in range(world_size)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from helpers.forked import Ranks
 
 
 @contextmanager
@@ -51,20 +52,28 @@ def end_all(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def wait_until(is_so: Callable[[], Any], process: subprocess.Popen[str], *, timeout: float = 180) -> Any:
+def said(run: subprocess.Popen[str] | Ranks) -> str:
+    """All that a run that has ended wrote to stderr."""
+    if isinstance(run, Ranks):
+        return run.said()
+    assert run.stderr
+    return run.stderr.read()
+
+
+def wait_until(is_so: Callable[[], Any], run: subprocess.Popen[str] | Ranks, *, timeout: float = 180) -> Any:
     """Waits for a fact; fails if the run ends first without it."""
     deadline = time.monotonic() + timeout
     while not (fact := is_so()):
-        assert process.poll() is None, (
-            f"the run ended first: {process.stderr and process.stderr.read()[-3000:]}"
-        )
+        assert run.poll() is None, f"the run ended first: {said(run)[-3000:]}"
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
     return fact
 
 
-def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+def ranks_of(process: subprocess.Popen[str] | Ranks) -> dict[int, psutil.Process]:
     """Rank -> its process, once all of them have begun."""
+    if isinstance(process, Ranks):
+        return process.by_rank()
     found = {}
     for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         try:
@@ -76,7 +85,7 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     return found
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def workers_of(process: subprocess.Popen[str] | Ranks) -> list[psutil.Process]:
     """The ranks' data workers."""
     return [child for rank in ranks_of(process).values() for child in rank.children()]
 
