@@ -2,9 +2,8 @@
 
 import ctypes
 import os
+import sys
 from pathlib import Path
-
-from helpers.running import thread_names
 
 from kandinsky_dist.cli import main
 from kandinsky_dist.errors import StoppedError
@@ -16,6 +15,8 @@ GLOO_THREADS = ("gloo_tcp_loop", "pt_gloo_runloop")
 
 def gloo_threads() -> list[str]:
     """Return the names of this process's threads that belong to process groups."""
+    from helpers.running import thread_names
+
     return [name for name in thread_names() if name in GLOO_THREADS]
 
 
@@ -67,3 +68,10 @@ def hang(folder: Path, is_recorded: bool, is_stopped: bool) -> int:
         if is_stopped:
             raise StoppedError("stopped")
     return 7 if process.rank else 0
+
+
+if __name__ == "__main__":  # under a launcher
+    try:
+        hang(Path(sys.argv[1]), is_recorded=True, is_stopped=True)
+    except StoppedError as stopped:
+        sys.exit(stopped.exit_code)

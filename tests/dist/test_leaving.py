@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from dist import leaving_programs
@@ -42,6 +43,21 @@ def test_a_rank_that_hangs_while_it_leaves_ends_with_its_own_exit_code(
     done = forked.call(leaving_programs.hang, tmp_path, is_recorded, is_stopped, timeout=60)
     assert done.returncode == code, done.stderr
     assert "leaving_programs.py" in done.stderr, "no stack of the thread that hangs"
+
+
+def test_our_launcher_ends_with_the_exit_code_of_a_rank_that_hangs(tmp_path):
+    launcher = Path(__file__).parents[2] / "launch" / "run_ranks.py"
+    ranks = ["--standalone", "--nproc-per-node=2", leaving_programs.__file__, str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(launcher), *ranks],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 75, done.stderr
+    assert len(list(tmp_path.iterdir())) == 2, "both ranks have come as far as leaving"
+    assert "in release" in done.stderr, "no rank has hung"
 
 
 def test_an_interpreter_that_hangs_at_its_end_is_ended_with_the_exit_code_of_the_command():
