@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import forked
 from helpers.campaign import cases
-from helpers.command import keys, losses
+from helpers.command import keys, losses, train
 
 pytestmark = pytest.mark.dist
 
@@ -66,6 +66,17 @@ def test_losses_and_keys_are_those_of_one_process(
     print(f"{stage} {strategy} on {world_size}: largest difference of a loss {difference:.1e}")
     assert difference <= 1e-5
     assert keys(tmp_path) == keys(reference)
+
+
+@pytest.mark.parametrize("strategy", cases(STRATEGIES, ("zero0", "zero1").__contains__))
+def test_a_fresh_process_trains_to_its_exit(strategy, one_process, tiny_models, small_corpus, tmp_path):
+    """By the command line. The other strategies have such runs under torchrun (test_local.py, test_survival.py) and
+    Slurm (test_sbatch.py)."""
+    done = train(
+        "prior", *SETTINGS, models=tiny_models, corpus=small_corpus, run_dir=tmp_path, strategy=strategy
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path) == pytest.approx(losses(one_process("prior")), abs=1e-5)
 
 
 @pytest.mark.parametrize("stage", cases(["prior", "decoder"], "prior".__eq__))
