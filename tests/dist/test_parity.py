@@ -70,8 +70,7 @@ def test_losses_and_keys_are_those_of_one_process(
 
 @pytest.mark.parametrize("strategy", cases(STRATEGIES, ("zero0", "zero1").__contains__))
 def test_a_fresh_process_trains_to_its_exit(strategy, one_process, tiny_models, small_corpus, tmp_path):
-    """By the command line. The other strategies have such runs under torchrun (test_local.py, test_survival.py) and
-    Slurm (test_sbatch.py)."""
+    """Of the other strategies test_local.py, test_survival.py and the Slurm tests start fresh processes."""
     done = train(
         "prior", *SETTINGS, models=tiny_models, corpus=small_corpus, run_dir=tmp_path, strategy=strategy
     )
