@@ -22,7 +22,8 @@ or .venv, and as root on Debian the packages of the Slurm tests. Every check run
   --slice K/N      only the K-th of N slices of the campaign (K from 0), and none of the other tests
   --coverage       measure the lines of the package that the tests run; the table is the last that is printed
 
-Time on 2 idle cores: @TIMES@
+Time on 2 idle cores: install 2 min, checks 1 min, unit 1 min, process 8 min, slurm 3 min; a slice of 12 about 10 min;
+--all hours: 3 h.
 END
 }
 
