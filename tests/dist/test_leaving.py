@@ -89,7 +89,7 @@ def test_training_never_hangs_at_its_end(strategy, tiny_models, small_corpus, tm
 
 @pytest.mark.campaign
 def test_bench_checkpoint_never_hangs_at_its_end(tmp_path):
-    """Where it was seen: the engine is a local of the function that has returned from its group."""
+    """The engine is a local of the function that has left its group: the hang was seen there."""
     case = Case("prior", "tiny", "ddp", "auto")
     for number in range(NUM_RUNS):
         forked.run_on_ranks(measure_checkpoint, 2, case, tmp_path / str(number), 1)

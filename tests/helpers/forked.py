@@ -93,7 +93,7 @@ class Ranks:
         return self.returncode
 
     def said(self) -> str:
-        """What the ranks have written to stderr, one after another."""
+        """Return the stderr of the ranks, one after another."""
         ranks = range(len(self._processes))
         return "".join((self._folder / f"err_{rank}").read_text() for rank in ranks)
 

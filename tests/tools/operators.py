@@ -52,7 +52,7 @@ TEXT_NAMES = re.compile(r".*(message|text|line|why|reason|title|label|warning|sa
 UNTESTED_FUNCTIONS = {"__repr__", "__str__", "__del__"}
 GPU = re.compile(r"cuda|nccl|\bgpu", re.IGNORECASE)
 UNTESTED_LINES = re.compile(r"(?i:cuda|nccl|\bgpu)|pragma|\b_?[A-Z_]*(_BYTES|MAX_OPEN|NUM_CACHED)[A-Z_]*")
-"""What needs a GPU, and sizes that only cost time or memory."""
+"""Lines that need a GPU, and sizes that only cost time or memory."""
 PATHS = re.compile(r"(?i).*(folder|path|dir|root|home|cwd|parent|final|temporary|\bout\b)")
 
 
