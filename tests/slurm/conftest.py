@@ -1,7 +1,8 @@
-"""Cluster and jobs for the tests of this folder, which are skipped, with the reason, without root or Slurm."""
+"""Cluster and jobs for the tests of this folder; without root or Slurm they are skipped, with the reason."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cluster import Cluster, why_unavailable
-from jobs import Jobs
+from jobs import PRIOR_STEPS, Jobs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -41,6 +42,15 @@ def jobs(cluster: Cluster, repository: Path, tiny_models: Path, small_corpus: Pa
 
 
 @pytest.fixture(scope="session")
-def prior_losses(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of the prior's first steps in one process; jobs with `jobs.SETTINGS` have the same."""
-    return jobs.undisturbed_losses("prior", tmp_path_factory.mktemp("one") / "run", "run.max_steps=3")
+def prior_losses(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], list[float]]:
+    """Return a function for the losses of the prior's first steps in one process.
+
+    Jobs with `jobs.SETTINGS` have the same. Tests submit their jobs first: these start meanwhile.
+    """
+
+    @cache
+    def measured() -> list[float]:
+        run_dir = tmp_path_factory.mktemp("one") / "run"
+        return jobs.undisturbed_losses("prior", run_dir, f"run.max_steps={PRIOR_STEPS}")
+
+    return measured

@@ -9,6 +9,8 @@ from helpers import forked
 from helpers.command import losses, train_arguments
 
 RANKS_PER_NODE = 2
+PRIOR_STEPS = 3
+"""Of the reference run that several tests share."""
 SETTINGS = (
     "parallel.precision=fp32",
     # The job's recipe has a schedule; the process it is compared with starts from the defaults.

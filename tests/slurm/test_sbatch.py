@@ -1,7 +1,7 @@
 """slurm/prior.sbatch and slurm/decoder.sbatch on a real cluster.
 
-In the fast suite test_submit.py runs the prior with fsdp2 on four nodes, and test_faults.py sends the signal that
-saves and requeues a run.
+In the fast suite test_submit.py runs the prior with fsdp2 on four nodes, and test_faults.py sends the signal
+that saves and requeues a run.
 """
 
 import signal
