@@ -67,7 +67,7 @@ class Jobs:
             cwd=self.repository,
         )
 
-    def completed(self, job: int, *, timeout: float = 600) -> str:
+    def completed(self, job: int, *, timeout: float = 500) -> str:
         """Wait for a job that must end well; return what it printed."""
         fields = self.cluster.wait(job, timeout=timeout)
         assert fields["JobState"] == "COMPLETED", self.cluster.output(job)

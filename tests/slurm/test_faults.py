@@ -117,18 +117,19 @@ def struck(
     models,
     corpus,
     num_nodes,
+    ranks_per_node,
     options=(),
     environment=None,
     command="",
     **watchdog,
 ):
-    """Run a campaign on jobs of two ranks a node; return the rows of its record, which show no damage."""
+    """Run faults on a job; return the rows of their record, which must show no damage."""
     settings = {
         **{key: value for key, value in DEFAULTS.items() if not key.startswith(("run.", "checkpoint."))},
         **dict(word.split("=", 1) for word in SETTINGS),
         "optim.learning_rate": LEARNING_RATE,
         "data.num_workers": 1,
-        "data.micro_batch_size": 1,
+        "data.micro_batch_size": 8 // (num_nodes * ranks_per_node),
         "model.prior": models / "prior",
         "data.shards": corpus / "train",
         **{f"watchdog.{key}": value for key, value in watchdog.items()},
@@ -145,7 +146,7 @@ def struck(
             stage="prior",
             config="prior_tiny",
             num_nodes=num_nodes,
-            ranks_per_node=RANKS_PER_NODE,
+            ranks_per_node=ranks_per_node,
             strategy="ddp",
             options=options,
             settings=tuple(f"--{key}={value}" for key, value in settings.items()),
@@ -176,6 +177,7 @@ def test_it_comes_back_from_killed_processes_and_a_signal(
         models=tiny_models,
         corpus=small_corpus,
         num_nodes=2,
+        ranks_per_node=1,
         environment={"KANDINSKY_PREFLIGHT": "0"},
         heartbeat_seconds=2,
     )
@@ -215,6 +217,7 @@ def test_it_comes_back_from_everything(
         models=tiny_models,
         corpus=small_corpus,
         num_nodes=4,
+        ranks_per_node=RANKS_PER_NODE,
         options=("--partition=low",),
         command="pytest --campaign all tests/slurm/test_faults.py",
         step_seconds=30,

@@ -19,7 +19,7 @@ def test_two_nodes_make_what_one_process_makes(cluster, repository, tiny_models,
     job = cluster.sbatch(
         [
             "--nodes=2",
-            "--gpus-per-node=1",
+            "--gpus-per-node=2",
             str(repository / "slurm" / "precompute.sbatch"),
             "prior",
             *words,

@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slurm
 
-LATE = 600
+LATE = 500
 
 
 @contextmanager

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slurm
 MATRIX_STEPS = 4
 NUM_STEPS = 12
 """Of a run that is stopped in the middle: enough for the signal to arrive before the last one."""
-LATE = 600
+LATE = 500
 WITHOUT_PREFLIGHT = {"KANDINSKY_PREFLIGHT": "0"}
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slurm
 
 # 8 samples a step: two a rank on four ranks, four times two on one.
 SETTINGS = (*SAME, "data.micro_batch_size=2")
-LATE = 600
+LATE = 500
 NAME = 'it\'s $HOME # a \\ and "two"'
 
 
