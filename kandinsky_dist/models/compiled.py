@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import config as dynamo_config
-from torch._dynamo.utils import counters
 
 from kandinsky_dist.errors import ConfigError
 from kandinsky_dist.models.blocks import blocks
@@ -53,6 +51,9 @@ def prepare_compiler(device: torch.device, cache_dir: Path) -> None:
             "parallel.compile=false"
         )
     os.environ[CACHE_VARIABLE] = str(cache_dir.absolute())
+    # Half of a process's imports, and a process that compiles nothing needs none of it.
+    from torch._dynamo import config as dynamo_config
+
     dynamo_config.recompile_limit = MAX_GRAPHS
 
 
@@ -73,7 +74,9 @@ def compile_encoder(module: nn.Module, *, backend: str = "inductor") -> None:
 
 
 def num_graphs() -> int:
-    """Graphs that this process has compiled so far; it stands still once every shape has occurred."""
+    """Return how many graphs this process has compiled; constant once every shape has occurred."""
+    from torch._dynamo.utils import counters
+
     return counters["stats"]["unique_graphs"]
 
 

@@ -1,6 +1,5 @@
 """Jobs of tiny networks on a test cluster, and the single process that their losses are compared with."""
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,17 +9,18 @@ from helpers import forked
 from helpers.command import losses, train_arguments
 
 RANKS_PER_NODE = 2
+PRIOR_STEPS = 3
+"""Of the reference run that several tests share."""
 SETTINGS = (
     "parallel.precision=fp32",
     # The job's recipe has a schedule; the process it is compared with starts from the defaults.
     "optim.lr_scheduler=constant",
     "optim.lr_warmup_steps=0",
 )
-CAMPAIGN = "KANDINSKY_DIST_CAMPAIGN" in os.environ
 
 
 class Jobs:
-    """Submits slurm/STAGE.sbatch from the checkout.
+    """Jobs of slurm/STAGE.sbatch, submitted from the checkout.
 
     Args:
         models: folder of prior/ and decoder/.
@@ -40,14 +40,15 @@ class Jobs:
         *settings: str,
         strategy: str = "ddp",
         num_nodes: int = 2,
+        ranks_per_node: int = RANKS_PER_NODE,
         options: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None,
     ) -> int:
-        """Submits a run on nodes of two ranks each, eight samples a step; returns the job's id."""
+        """Submit a run with eight samples a step; return the job's id."""
         _, _, *words = train_arguments(
             stage,
             *SETTINGS,
-            f"data.micro_batch_size={8 // (num_nodes * RANKS_PER_NODE)}",
+            f"data.micro_batch_size={8 // (num_nodes * ranks_per_node)}",
             *settings,
             models=self.models,
             corpus=self.corpus,
@@ -56,7 +57,7 @@ class Jobs:
         )
         script = str(self.repository / "slurm" / f"{stage}.sbatch")
         return self.cluster.sbatch(
-            [f"--nodes={num_nodes}", f"--gpus-per-node={RANKS_PER_NODE}", *options, script, *words],
+            [f"--nodes={num_nodes}", f"--gpus-per-node={ranks_per_node}", *options, script, *words],
             env={
                 "KANDINSKY_CONFIG": f"{stage}_tiny",
                 "VIRTUAL_ENV": sys.prefix,
@@ -66,14 +67,14 @@ class Jobs:
             cwd=self.repository,
         )
 
-    def completed(self, job: int, *, timeout: float = 300) -> str:
-        """Waits for a job that must end well; returns what it printed."""
+    def completed(self, job: int, *, timeout: float = 500) -> str:
+        """Wait for a job that must end well; return what it printed."""
         fields = self.cluster.wait(job, timeout=timeout)
         assert fields["JobState"] == "COMPLETED", self.cluster.output(job)
         return self.cluster.output(job)
 
     def undisturbed_losses(self, stage: str, run_dir: Path, *settings: str) -> list[float]:
-        """Losses of the same run in one process that nothing happens to."""
+        """Return the losses of the same run in one process that nothing happens to."""
         done = forked.train(
             stage,
             *SETTINGS,

@@ -7,8 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from helpers.command import DEFAULTS
-from jobs import CAMPAIGN, SETTINGS
+from cluster import Cluster
+from helpers.command import DEFAULTS, keys, losses, metrics
+from jobs import RANKS_PER_NODE, SETTINGS
 
 from kandinsky_dist.bench.fault_kinds import (
     TIME_LIMIT,
@@ -20,13 +21,14 @@ from kandinsky_dist.bench.fault_kinds import (
     requeue,
     stop_rank,
 )
-from kandinsky_dist.bench.faults import Request, run
+from kandinsky_dist.bench.faults import STRETCH_STEPS, Request, run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(3000)]
 
-SOME = (
+FAST = (
     Fault("SIGKILL of a rank", kill_rank),
     Fault("SIGKILL of a rank's data workers", kill_worker, restarts=False),
+    Fault("USR1 to the batch shell", ask_to_stop),
 )
 
 NUM_ROUNDINGS = 10
@@ -39,15 +41,22 @@ LEFT_BYTES = 200_000
 
 @pytest.fixture(scope="module")
 def small_disk(slurm_available, tmp_path_factory):
-    """A disk for the run, mounted before the nodes boot, which so have it too."""
+    """Mount a small disk for the run, before the nodes boot, so that they have it too."""
     folder = tmp_path_factory.mktemp("disk")
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "none", folder], check=True)
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.fixture(scope="module")
+def cluster_with_disk(small_disk):
+    """Start four nodes that have the small disk and that this module may break."""
+    with Cluster(num_nodes=4, gpus_per_node=RANKS_PER_NODE) as running:
+        yield running
+
+
 def fill(job, _dice):
-    """The disk of the run is full, from one moment to the next."""
+    """Fill the disk of the run, from one moment to the next."""
     folder = job.output.parent
     with (folder / "filler").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - LEFT_BYTES)
@@ -58,7 +67,7 @@ def make_room(job):
 
 
 def node_faults(cluster):
-    """Those that only the owner of the cluster can bring about."""
+    """Return the faults that only the owner of the cluster can cause."""
     chosen = []
 
     def any_node(job, dice):
@@ -99,59 +108,120 @@ def node_faults(cluster):
     )
 
 
-def test_it_comes_back_from_everything(
-    small_disk, four_nodes, repository, tiny_models, small_corpus, tmp_path
+def struck(
+    out,
+    faults,
+    *,
+    cluster,
+    repository,
+    models,
+    corpus,
+    num_nodes,
+    ranks_per_node,
+    options=(),
+    environment=None,
+    command="",
+    **watchdog,
 ):
-    faults = SOME
-    if CAMPAIGN:
-        faults = (
-            *SOME,
-            Fault("SIGSTOP of a rank", stop_rank),
-            Fault("USR1 to the batch shell", ask_to_stop),
-            Fault("scontrol requeue", requeue),
-            Fault("from 4 nodes to 2", move_to(2)),
-            Fault("from 2 nodes to 4", move_to(4)),
-            Fault("the disk is full", fill, heal=make_room),
-            *node_faults(four_nodes),
-            TIME_LIMIT,
-        )
+    """Run faults on a job; return the rows of their record, which must show no damage."""
     settings = {
         **{key: value for key, value in DEFAULTS.items() if not key.startswith(("run.", "checkpoint."))},
         **dict(word.split("=", 1) for word in SETTINGS),
         "optim.learning_rate": LEARNING_RATE,
         "data.num_workers": 1,
-        "data.micro_batch_size": 1,
-        "model.prior": tiny_models / "prior",
-        "data.shards": small_corpus / "train",
-        "watchdog.step_seconds": 30,
-        "watchdog.heartbeat_seconds": 2,
+        "data.micro_batch_size": 8 // (num_nodes * ranks_per_node),
+        "model.prior": models / "prior",
+        "data.shards": corpus / "train",
+        **{f"watchdog.{key}": value for key, value in watchdog.items()},
     }
-    environment = {"VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
-
-    def call(command):
-        return four_nodes.run(command, env={**environment, "KANDINSKY_REQUEUES": "20"}, cwd=repository)
-
+    environment = {
+        "VIRTUAL_ENV": sys.prefix,
+        "OMP_NUM_THREADS": "1",
+        "KANDINSKY_REQUEUES": "20",
+        **(environment or {}),
+    }
     record = run(
-        small_disk / "out",
+        out,
         Request(
             stage="prior",
             config="prior_tiny",
-            num_nodes=4,
-            ranks_per_node=2,
+            num_nodes=num_nodes,
+            ranks_per_node=ranks_per_node,
             strategy="ddp",
-            options=("--partition=low",),
+            options=options,
             settings=tuple(f"--{key}={value}" for key, value in settings.items()),
         ),
         faults,
-        call=call,
-        device=f"a test cluster of 4 nodes on one machine of {os.cpu_count()} cores",
+        call=lambda words: cluster.run(words, env=environment, cwd=repository),
+        device=f"a test cluster of {num_nodes} nodes on one machine of {os.cpu_count()} cores",
         seed=0,
-        command="KANDINSKY_DIST_CAMPAIGN=1 pytest tests/slurm/test_faults.py" if CAMPAIGN else "",
+        command=command,
     )
-    for path in (small_disk / "out").glob("faults.*"):
-        shutil.copy(path, tmp_path)  # the disk goes with the test
     assert [row["fault"] for row in record.rows] == [fault.name for fault in faults]
     for row in record.rows:
         assert row["samples_lost"] == row["samples_repeated"] == 0, row
         rounding = max(row["rounding_difference"], float(np.finfo(np.float32).eps))
         assert row["loss_difference"] < min(1e-5, NUM_ROUNDINGS * rounding), row
+    return record.rows
+
+
+def test_it_comes_back_from_killed_processes_and_a_signal(
+    cluster, repository, tiny_models, small_corpus, tmp_path
+):
+    """The signal is that of --signal=B:USR1@180, before the time is over and at a preemption."""
+    rows = struck(
+        tmp_path / "out",
+        FAST,
+        cluster=cluster,
+        repository=repository,
+        models=tiny_models,
+        corpus=small_corpus,
+        num_nodes=2,
+        ranks_per_node=1,
+        environment={"KANDINSKY_PREFLIGHT": "0"},
+        heartbeat_seconds=2,
+    )
+    printed = (tmp_path / "out" / "job.log").read_text()
+    assert printed.count(", requeued") == 2, printed
+    assert printed.count("ended with 75, requeued") == 1, printed
+    assert printed.count("resumed ") == 2, printed
+    assert [row["steps_again"] for row in rows[1:]] == [0, 0], "only a crash has steps repeated"
+    ours, alone = tmp_path / "out" / "run", tmp_path / "out" / "undisturbed"
+    num_steps = (len(FAST) + 2) * STRETCH_STEPS
+    assert [entry["step"] for entry in metrics(ours)] == list(range(1, num_steps + 1))
+    assert losses(ours) == pytest.approx(losses(alone), abs=1e-5)
+    assert keys(ours) == keys(alone)
+
+
+@pytest.mark.campaign
+def test_it_comes_back_from_everything(
+    small_disk, cluster_with_disk, repository, tiny_models, small_corpus, tmp_path
+):
+    faults = (
+        Fault("SIGKILL of a rank", kill_rank),
+        Fault("SIGKILL of a rank's data workers", kill_worker, restarts=False),
+        Fault("SIGSTOP of a rank", stop_rank),
+        Fault("USR1 to the batch shell", ask_to_stop),
+        Fault("scontrol requeue", requeue),
+        Fault("from 4 nodes to 2", move_to(2)),
+        Fault("from 2 nodes to 4", move_to(4)),
+        Fault("the disk is full", fill, heal=make_room),
+        *node_faults(cluster_with_disk),
+        TIME_LIMIT,
+    )
+    struck(
+        small_disk / "out",
+        faults,
+        cluster=cluster_with_disk,
+        repository=repository,
+        models=tiny_models,
+        corpus=small_corpus,
+        num_nodes=4,
+        ranks_per_node=RANKS_PER_NODE,
+        options=("--partition=low",),
+        command="pytest --campaign all tests/slurm/test_faults.py",
+        step_seconds=30,
+        heartbeat_seconds=2,
+    )
+    for path in (small_disk / "out").glob("faults.*"):
+        shutil.copy(path, tmp_path)  # the disk goes with the test

@@ -1,9 +1,9 @@
-"""slurm/precompute.sbatch: nodes share a corpus without knowing of each other."""
+"""slurm/precompute.sbatch: nodes that share a corpus without a process group."""
 
 import sys
 
 import pytest
-from helpers.command import command
+from helpers import forked
 
 from kandinsky_dist.data.catalogue import read_manifest
 
@@ -28,7 +28,7 @@ def test_two_nodes_make_what_one_process_makes(cluster, repository, tiny_models,
         env={"KANDINSKY_CONFIG": "prior_tiny", "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"},
         cwd=repository,
     )
-    done = command("precompute", "prior", *words, f"--out={tmp_path / 'one'}")
+    done = forked.command("precompute", "prior", *words, f"--out={tmp_path / 'one'}")
     assert done.returncode == 0, done.stderr
     assert cluster.wait(job, timeout=300)["JobState"] == "COMPLETED", cluster.output(job)
     nodes, one = (read_manifest(str(tmp_path / name)) for name in ("nodes", "one"))
