@@ -18,7 +18,7 @@ WAYS = [
     pytest.param(forked.command, id="forked"),
     pytest.param(fresh.command, id="fresh", marks=pytest.mark.campaign),
 ]
-"""Processes forked from one that has imported everything; interpreters that the command and torchrun start."""
+"""Processes forked from one that has imported everything, or interpreters that command and torchrun start."""
 
 
 def check(out: Path, strategies: list[str]) -> str:

@@ -36,7 +36,7 @@ def test_a_killed_rank_is_restarted_in_place_and_ctrl_c_saves_and_ends_with_75(
         wait_until(lambda: list(run_dir.glob("checkpoints/step_*/COMMIT")), run)
         ranks_of(run)[1].kill()
         wait_until(
-            lambda: " step " in log.read_text().partition(f"resumed {run_dir / 'checkpoints'}")[2], run
+            lambda: "\nstep " in log.read_text().partition(f"resumed {run_dir / 'checkpoints'}")[2], run
         )
         os.killpg(run.pid, signal.SIGINT)  # what a terminal does
         run.wait(timeout=300)
