@@ -2,6 +2,9 @@
 
 `multiprocessing`'s fork server imports the libraries once and forks every rank from there; a rank then runs
 the command line's own `main` with the environment that torchrun would give it. Real processes, real gloo.
+
+Processes that the command spawns are forked from it instead, for the same reason; whatever is handed to them
+must still be picklable.
 """
 
 import multiprocessing
@@ -12,7 +15,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import context as contexts
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from typing import Any, TypeVar
@@ -241,4 +246,29 @@ def _rank(
     for descriptor, name in ((1, "out"), (2, "err")):
         file = os.open(folder / f"{name}_{rank}", os.O_WRONLY | os.O_CREAT)
         os.dup2(file, descriptor)
+    contexts._concrete_contexts["spawn"] = _ForkInsteadOfSpawn()
     sys.exit(function(*arguments))
+
+
+class _HandedOver(contexts.ForkProcess):
+    """Forked process that refuses what a spawned one could not receive."""
+
+    def start(self) -> None:
+        contexts.set_spawning_popen(_FakePopen)
+        try:
+            ForkingPickler.dumps((self._target, self._args, self._kwargs))
+        finally:
+            contexts.set_spawning_popen(None)
+        super().start()
+
+
+class _FakePopen:
+    """Lets connections and semaphores be pickled without a new process."""
+
+    DupFd = staticmethod(lambda descriptor: descriptor)
+    duplicate_for_child = staticmethod(lambda descriptor: descriptor)
+
+
+class _ForkInsteadOfSpawn(contexts.ForkContext):
+    _name = "spawn"  # of which semaphores take note
+    Process = _HandedOver

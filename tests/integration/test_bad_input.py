@@ -247,6 +247,7 @@ def test_the_keyboard_interrupts_in_one_line(tmp_path):
     assert (process.returncode, error) == (OTHER, "interrupted\n")
 
 
+@pytest.mark.campaign
 def test_ranks_that_fail_alike_say_it_once_and_their_exit_code_comes_through(tmp_path):
     """Each rank ends with 78 before it has met the others; torchrun itself would end with 1."""
     done = launched("train", "prior", f"--run.dir={tmp_path / 'run'}", "--data.global_batchsize=3")

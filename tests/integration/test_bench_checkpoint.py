@@ -1,7 +1,7 @@
 """`bench checkpoint`: both kinds of saves are measured on real checkpoints, of which nothing is left."""
 
 import pytest
-from helpers.command import command
+from helpers.forked import command
 
 from kandinsky_dist.bench.cases import to_markdown
 from kandinsky_dist.bench.checkpoint import MODES

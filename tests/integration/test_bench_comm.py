@@ -4,13 +4,21 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.command import command
+from helpers import command as fresh
+from helpers import forked
+from helpers.forked import command
 
 from kandinsky_dist.bench.cases import to_markdown
 from kandinsky_dist.bench.record import Record
 
 pytestmark = pytest.mark.integration
 SMALL = ("--size", "tiny", "--max-mib", 1, "--repeats", 1, "--bucket-mib", 1, 0.25, "--strategy", "ddp")
+
+WAYS = [
+    pytest.param(forked.command, id="forked"),
+    pytest.param(fresh.command, id="fresh", marks=pytest.mark.campaign),
+]
+"""Processes forked from one that has imported everything, or interpreters that command and torchrun start."""
 
 
 def check(out: Path, strategies: list[str]) -> str:
@@ -37,7 +45,8 @@ def check(out: Path, strategies: list[str]) -> str:
     return page
 
 
-def test_alone_it_starts_its_own_ranks(tmp_path):
+@pytest.mark.parametrize("command", WAYS)
+def test_alone_it_starts_its_own_ranks(command, tmp_path):
     done = command("bench", "comm", tmp_path / "out", *SMALL, "zero2")
     assert done.returncode == 0, done.stderr
     page = check(tmp_path / "out", ["ddp", "zero2"])
@@ -45,7 +54,8 @@ def test_alone_it_starts_its_own_ranks(tmp_path):
     assert "2 ranks on 1 machine over gloo" in page
 
 
-def test_under_torchrun_it_measures_between_the_ranks_that_are_there(tmp_path):
+@pytest.mark.parametrize("command", WAYS)
+def test_under_torchrun_it_measures_between_the_ranks_that_are_there(command, tmp_path):
     done = command("bench", "comm", tmp_path / "out", *SMALL, world_size=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout == check(tmp_path / "out", ["ddp"]), "rank 0 alone speaks"

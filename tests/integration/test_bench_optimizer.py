@@ -1,7 +1,7 @@
 """`bench optimizer`: implementations take turns on the same weights, and are held to torch's for-loop."""
 
 import pytest
-from helpers.command import command
+from helpers.forked import command
 
 from kandinsky_dist.bench.cases import to_markdown
 from kandinsky_dist.bench.optimizer import LAYOUTS

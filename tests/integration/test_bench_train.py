@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import command as fresh
 from helpers import forked
-from helpers.command import command
+from helpers.forked import command
 
 from kandinsky_dist.bench.cases import to_markdown
 from kandinsky_dist.bench.ladder import BASELINE
@@ -62,7 +63,14 @@ def test_the_incumbents_way_does_the_same_work(stage, tiny_models, small_corpus,
     assert counted < 0.9 if stage == "prior" else counted == pytest.approx(1.0, rel=1e-6)
 
 
-def test_several_ranks_and_what_they_wait_for(tiny_models, small_corpus, tmp_path):
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(forked.command, id="forked"),
+        pytest.param(fresh.command, id="fresh", marks=pytest.mark.campaign),
+    ],
+)
+def test_several_ranks_and_what_they_wait_for(command, tiny_models, small_corpus, tmp_path):
     done = command(
         "bench", "train", tmp_path / "out", *SHORT, *inputs(tiny_models, small_corpus), "--stage", "prior",
         "--vary", "parallel.strategy", "ddp", "--world-size", 2, "--data.micro_batch_size", 2,
@@ -106,7 +114,7 @@ def test_scaling_over_ranks(tiny_models, small_corpus, tmp_path):
 def test_what_cannot_work_is_refused_before_anything_starts(
     words, message, tiny_models, small_corpus, tmp_path
 ):
-    done = forked.command(
+    done = command(
         "bench", "train", tmp_path / "out", "--size", "tiny", *inputs(tiny_models, small_corpus), *words
     )
     assert (done.returncode, done.stderr.count("\n")) == (78, 1), done.stderr

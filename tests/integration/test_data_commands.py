@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
 import pytest
+from helpers import command, forked
 from PIL import Image
 
 from kandinsky_dist.data.catalogue import read_manifest
@@ -17,15 +16,7 @@ pytestmark = pytest.mark.integration
 
 
 def run(*arguments, environment=None):
-    command = [sys.executable, "-m", "kandinsky_dist", "data", *map(str, arguments)]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, **(environment or {})},
-    )
+    return forked.command("data", *arguments, environment=environment)
 
 
 def errors(result):
@@ -97,7 +88,7 @@ def test_check_says_what_is_there_and_what_is_damaged(tmp_path, tiny_models):
     assert run("pack", folder, tmp_path / "shards", "--samples-per-shard", 100).returncode == 0
     arguments = ("check", tmp_path / "shards", "--decode-all", "--num-processes", 2, "--resolution", 32)
     out = ("--out", tmp_path / "report", "--tokenizer", tiny_models / "prior")
-    whole = run(*arguments, *out)
+    whole = command.command("data", *arguments, *out)  # really spawns its processes
     assert (whole.returncode, errors(whole)) == (0, []), whole
     assert "samples               540\n" in whole.stdout
     figures = json.loads((tmp_path / "report" / "report.json").read_text())

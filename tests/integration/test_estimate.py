@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers.command import command
+from helpers.forked import command
 from helpers.shapes import write_shapes
 
 from kandinsky_dist.bench.cases import to_markdown

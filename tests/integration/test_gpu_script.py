@@ -1,14 +1,22 @@
 """`launch/gpu.sh` from end to end: its plan on the CPU, with tiny networks."""
 
+import multiprocessing
 import os
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
+from helpers import forked
 
 from kandinsky_dist.bench.cases import to_markdown
+from kandinsky_dist.bench.gpu.run import run
 from kandinsky_dist.bench.record import Record
+from kandinsky_dist.cli import main
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
@@ -31,11 +39,54 @@ def scratch():
         yield Path(folder)
 
 
-def test_every_step_leaves_its_record_and_stands_in_the_table(scratch, tmp_path):
+class ForkedStep:
+    """`subprocess.Popen` of a step, forked from this process, which has imported all it needs."""
+
+    def __init__(
+        self, command: Sequence[str], *, stdin: int, stdout: BinaryIO, stderr: int, start_new_session: bool
+    ) -> None:
+        assert tuple(command[:3]) == (sys.executable, "-m", "kandinsky_dist")
+        assert (stdin, stderr, start_new_session) == (subprocess.DEVNULL, subprocess.STDOUT, True)
+        self._process: BaseProcess = multiprocessing.get_context("fork").Process(
+            target=self._run, args=(command[3:], stdout.fileno())
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid, self.returncode = self._process.pid, None
+
+    @staticmethod
+    def _run(arguments: Sequence[str], output: int) -> None:
+        os.setsid()
+        tempfile.tempdir = None  # TMPDIR is another one by now
+        for descriptor in (1, 2):
+            os.dup2(output, descriptor)
+        sys.exit(main(arguments))
+
+    def wait(self) -> int:
+        self._process.join()
+        self.returncode = self._process.exitcode
+        return self.returncode
+
+
+def run_forked(out: Path) -> int:
+    """`launch/gpu.sh` with the arguments below, after its last line has parsed them. Exit code 0."""
+    tempfile.tempdir = None
+    run(
+        out, minutes=60, spent_seconds=0, size="tiny", device_type="cpu", stages=["prior"], start=ForkedStep
+    )  # fmt: skip
+    return 0
+
+
+@pytest.mark.parametrize("way", ["forked", pytest.param("script", marks=pytest.mark.campaign)])
+def test_every_step_leaves_its_record_and_stands_in_the_table(way, scratch, tmp_path):
+    """Forked steps but for the one that itself starts `train`, which is the real command."""
     out = tmp_path / "out"
     # The minutes are a limit, far beyond what tiny networks take.
     words = ("--device", "cpu", "--size", "tiny", "--stage", "prior", "--minutes", 60)
-    done = script(out, *words, TMPDIR=str(scratch))
+    if way == "script":
+        done = script(out, *words, TMPDIR=str(scratch))
+    else:
+        done = forked.call(run_forked, out, environment={"TMPDIR": str(scratch)}, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr + (out / "gpu.log").read_text()
     assert {path.name for path in out.iterdir()} == {
         "gpu.json",
@@ -85,3 +136,11 @@ def test_wrong_arguments_are_refused_in_one_line(words, line):
     done = script(*words)
     assert (done.returncode, done.stderr.count("\n")) == (78, 1), done.stderr
     assert done.stderr.startswith(line)
+
+
+def test_the_script_passes_its_arguments_on(tmp_path):
+    """From the shell through `bench gpu` to its exit code."""
+    done = script(tmp_path / "out", "--minutes", 0.3, "--device", "cpu", "--size", "tiny")
+    assert (done.returncode, done.stderr.count("\n")) == (78, 1), done.stderr
+    assert done.stderr.startswith("--minutes 0.3: 20 s are kept for start and end")
+    assert not (tmp_path / "out").exists()

@@ -2,17 +2,18 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import forked
 from PIL import Image
 from safetensors.torch import load_file
 
-from kandinsky_dist.errors import CheckpointError, ConfigError
+from kandinsky_dist.errors import CheckpointError, ConfigError, DiskFullError
+from kandinsky_dist.models.init import initialise
 from kandinsky_dist.models.load import ModelSource
 from kandinsky_dist.models.lora import WEIGHT_NAME, add_adapters, save_adapters
 from kandinsky_dist.models.pipeline import generate, write_pipeline
@@ -20,96 +21,85 @@ from kandinsky_dist.models.pipeline import generate, write_pipeline
 pytestmark = pytest.mark.integration
 
 
-def run_python(script, *arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+def networks_under_zero_init(models: Path) -> int:
+    """Prints what each network holds while zero-init is on, as JSON. Exit code 0."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from transformers import CLIPTextModelWithProjection
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    from kandinsky_dist.models.frozen import (
+        load_image_encoder,
+        load_movq,
+        load_text_encoder,
+        outside_zero_init,
     )
 
-
-ZERO_INIT = """
-import json, sys
-from pathlib import Path
-import deepspeed, torch
-from deepspeed.accelerator import get_accelerator
-from transformers import CLIPTextModelWithProjection
-from transformers.integrations import HfDeepSpeedConfig
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from kandinsky_dist.models.frozen import load_image_encoder, load_movq, load_text_encoder, outside_zero_init
-from kandinsky_dist.models.load import ModelSource
-from kandinsky_dist.models.lora import add_adapters
-
-# The shared-memory extension takes a minute to compile and is not used with one process.
-builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-deepspeed.ops.__compatible_ops__[builder.NAME] = False
-deepspeed.init_distributed("gloo")
-config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
-live = HfDeepSpeedConfig(config)
-prior, decoder = Path(sys.argv[1]) / "prior", Path(sys.argv[1]) / "decoder"
-facts = {}
-
-def note(name, module):
-    facts[name] = {
-        "held": sum(parameter.numel() for parameter in module.parameters()),
-        "dtypes": sorted({str(parameter.dtype) for parameter in module.parameters()}),
-        "partitioned": sum(hasattr(parameter, "ds_id") for parameter in module.parameters()),
-        "trained": sum(parameter.requires_grad for parameter in module.parameters()),
+    # The shared-memory extension takes a minute to compile and is not used with one process.
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    deepspeed.ops.__compatible_ops__[builder.NAME] = False
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed("gloo")
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": True},
     }
-    return module
+    live = HfDeepSpeedConfig(config)  # transformers keeps a weak reference
+    prior, decoder = models / "prior", models / "decoder"
+    facts = {}
 
-def plain():
-    return CLIPTextModelWithProjection.from_pretrained(prior, subfolder="text_encoder", dtype=torch.float32)
+    def note(name, module):
+        facts[name] = {
+            "held": sum(parameter.numel() for parameter in module.parameters()),
+            "dtypes": sorted({str(parameter.dtype) for parameter in module.parameters()}),
+            "partitioned": sum(hasattr(parameter, "ds_id") for parameter in module.parameters()),
+            "trained": sum(parameter.requires_grad for parameter in module.parameters()),
+        }
+        return module
 
-def ours(where):
-    note(f"text {where}", load_text_encoder(prior, torch.float32, "cpu"))
-    note(f"image {where}", load_image_encoder(prior, torch.bfloat16, "cpu"))
-    movq = note(f"movq {where}", load_movq(decoder, torch.float32, "cpu", encode_only=True))
-    with outside_zero_init():  # zero.Init makes torch.zeros half precision, too
-        assert movq.encode(torch.zeros(1, 3, 64, 64)).latents.shape == (1, 4, 8, 8)
+    def plain():
+        return CLIPTextModelWithProjection.from_pretrained(
+            prior, subfolder="text_encoder", dtype=torch.float32
+        )
 
-note("plain live", plain())
-ours("live")
-with deepspeed.zero.Init(config_dict_or_path=config):
-    note("plain init", plain())
-    ours("init")
-    try:
-        with outside_zero_init():
-            raise KeyError
-    except KeyError:
-        pass
-    note("trained init", ModelSource(prior, "prior").build())
-    ModelSource(prior, "prior").state_dict()
-    adapted = ModelSource(prior, "prior").build()
-    add_adapters(adapted, 2)
-    note("adapted init", adapted)
-    weight = adapted.transformer_blocks[0].attn1.to_q.lora_A["default"].weight
-    with deepspeed.zero.GatheredParameters([weight]):
-        facts["adapter"] = weight.detach().float().flatten().tolist()
-facts["live after"] = is_deepspeed_zero3_enabled()
-note("plain after", torch.nn.Linear(3, 3))
-print(json.dumps(facts))
-"""
+    def ours(where):
+        note(f"text {where}", load_text_encoder(prior, torch.float32, "cpu"))
+        note(f"image {where}", load_image_encoder(prior, torch.bfloat16, "cpu"))
+        movq = note(f"movq {where}", load_movq(decoder, torch.float32, "cpu", encode_only=True))
+        with outside_zero_init():  # zero.Init makes torch.zeros half precision, too
+            assert movq.encode(torch.zeros(1, 3, 64, 64)).latents.shape == (1, 4, 8, 8)
+
+    note("plain live", plain())
+    ours("live")
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        note("plain init", plain())
+        ours("init")
+        try:
+            with outside_zero_init():
+                raise KeyError
+        except KeyError:
+            pass
+        note("trained init", ModelSource(prior, "prior").build())
+        ModelSource(prior, "prior").state_dict()
+        adapted = ModelSource(prior, "prior").build()
+        add_adapters(adapted, 2)
+        note("adapted init", adapted)
+        weight = adapted.transformer_blocks[0].attn1.to_q.lora_A["default"].weight
+        with deepspeed.zero.GatheredParameters([weight]):
+            facts["adapter"] = weight.detach().float().flatten().tolist()
+    facts["live after"] = is_deepspeed_zero3_enabled()
+    note("plain after", torch.nn.Linear(3, 3))
+    print(json.dumps(facts), flush=True)
+    del live
+    os._exit(0)  # without leaving the process group, which is no subject here
 
 
 def test_frozen_networks_stay_whole_under_zero_init(tiny_models):
     """The plain loader is the control: were zero-init left on, ours would look like it."""
     pytest.importorskip("deepspeed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    done = run_python(
-        ZERO_INIT,
-        tiny_models,
-        RANK="0",
-        LOCAL_RANK="0",
-        WORLD_SIZE="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-    )
+    done = forked.call(networks_under_zero_init, tiny_models, environment={"DS_ACCELERATOR": "cpu"})
     assert done.returncode == 0, done.stderr[-2000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     text = load_file(tiny_models / "prior" / "text_encoder" / "model.safetensors")
@@ -262,23 +252,20 @@ def test_folders_swapped_are_refused_before_anything_is_loaded(exported, tmp_pat
         generate(str(exported / "decoder"), str(exported / "prior"), prompt="x", out=tmp_path / "x.png")
 
 
-FULL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-from kandinsky_dist.errors import DiskFullError
-from kandinsky_dist.models.init import initialise
-# A limit on the size of a file stands in for a full disk: the write fails half-way, in the same place.
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21))
-try:
-    initialise("tiny", Path(sys.argv[1]), tokenizer=sys.argv[2])
-except DiskFullError as error:
-    sys.exit(f"refused: {error}")
-"""
+def initialise_within_2_mib(out: Path, tokenizer: Path) -> str:
+    """Makes networks where no file may be larger; the refusal."""
+    # A limit on the size of a file stands in for a full disk: the write fails half-way, in the same place.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21))
+    try:
+        initialise("tiny", out, tokenizer=str(tokenizer))
+    except DiskFullError as error:
+        return f"refused: {error}"
+    return "made"
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tiny_models, tmp_path):
-    done = run_python(FULL_DISK, tmp_path / "m", tiny_models / "prior")
+    done = forked.call(initialise_within_2_mib, tmp_path / "m", tiny_models / "prior")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         f"refused: {tmp_path / 'm'} cannot be written: its disk is full or a quota is used up; "

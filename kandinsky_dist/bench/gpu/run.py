@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 
 from kandinsky_dist.bench.gpu.plan import plan
 from kandinsky_dist.bench.gpu.report import figure_of, steps_table, to_markdown
-from kandinsky_dist.bench.gpu.steps import Outcome, Processes, Step, last_line, run_steps
+from kandinsky_dist.bench.gpu.steps import Outcome, Processes, Start, Step, last_line, run_steps
 from kandinsky_dist.bench.record import Record, device_name
 from kandinsky_dist.config.schema import Stage
 from kandinsky_dist.errors import ConfigError, DataError, KandinskyError
@@ -27,7 +28,14 @@ TESTS = Path(__file__).parents[3] / "tests"
 
 
 def run(
-    out: Path, *, minutes: float, spent_seconds: float, size: Size, device_type: str, stages: Sequence[Stage]
+    out: Path,
+    *,
+    minutes: float,
+    spent_seconds: float,
+    size: Size,
+    device_type: str,
+    stages: Sequence[Stage],
+    start: Start = subprocess.Popen,
 ) -> None:
     """Run the plan within its time; write OUT/gpu.json, gpu.md, gpu.log and the record of each step.
 
@@ -38,6 +46,7 @@ def run(
         size: of the networks.
         device_type: "cuda", or "cpu" to test the plan.
         stages: trained networks.
+        start: starts a step's process; called like `subprocess.Popen`.
 
     Raises:
         ConfigError: no GPU, or no time.
@@ -86,7 +95,7 @@ def run(
         report([])
         say(f"{len(steps)} steps in {seconds:.0f} s")
         with _terminable():
-            processes = Processes(scratch, log, lambda step, output: keep(step, output, out))
+            processes = Processes(scratch, log, lambda step, output: keep(step, output, out), start=start)
             outcomes = run_steps(steps, seconds=seconds, run=processes, report=report)
         print(steps_table(report(outcomes)), end="", flush=True)
     finally:

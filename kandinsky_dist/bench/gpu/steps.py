@@ -22,6 +22,8 @@ POLL_SECONDS = 0.05
 
 Verdict = Literal["passed", "failed", "stopped", "left out"]
 
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -161,6 +163,7 @@ class Processes:
         keep: receives a step that has ended and its output; keeps the record, if any, and returns whether
             the results are complete, and the main figure or what is wrong.
         grace_seconds: between the request to stop and the kill.
+        start: starts a step's process; called like `subprocess.Popen`.
     """
 
     def __init__(
@@ -169,9 +172,10 @@ class Processes:
         log: Path,
         keep: Callable[[Step, str], tuple[bool, str]],
         grace_seconds: float = GRACE_SECONDS,
+        start: Start = subprocess.Popen,
     ) -> None:
         self._folder, self._log, self._keep = folder, log, keep
-        self._grace_seconds = grace_seconds
+        self._grace_seconds, self._start = grace_seconds, start
         self._running: set[subprocess.Popen[bytes]] = set()
 
     def __call__(self, step: Step, budget_seconds: float) -> Outcome:
@@ -181,7 +185,7 @@ class Processes:
         begin = time.monotonic()
         path = self._folder / f"{step.name.replace(' ', '_')}.log"
         with path.open("wb") as output:
-            process = subprocess.Popen(
+            process = self._start(
                 step.command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
