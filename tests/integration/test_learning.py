@@ -1,4 +1,4 @@
-"""Both stages learn on the demo corpus: real pictures and captions, tiny networks; minutes in the campaign."""
+"""Both stages learn on the demo corpus: real images and captions, tiny networks; minutes in the campaign."""
 
 import shutil
 from pathlib import Path
