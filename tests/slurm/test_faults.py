@@ -166,9 +166,10 @@ def struck(
 
 
 def test_it_comes_back_from_killed_processes_and_a_signal(
-    cluster, repository, tiny_models, small_corpus, tmp_path
+    cluster, repository, tiny_models, small_corpus, tmp_path, monkeypatch
 ):
     """The signal is that of --signal=B:USR1@180, before the time is over and at a preemption."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the undisturbed run, as the jobs
     rows = struck(
         tmp_path / "out",
         FAST,
@@ -195,7 +196,7 @@ def test_it_comes_back_from_killed_processes_and_a_signal(
 
 @pytest.mark.campaign
 def test_it_comes_back_from_everything(
-    small_disk, cluster_with_disk, repository, tiny_models, small_corpus, tmp_path
+    small_disk, cluster_with_disk, repository, tiny_models, small_corpus, tmp_path, monkeypatch
 ):
     faults = (
         Fault("SIGKILL of a rank", kill_rank),
@@ -209,6 +210,7 @@ def test_it_comes_back_from_everything(
         *node_faults(cluster_with_disk),
         TIME_LIMIT,
     )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the undisturbed run, as the jobs
     struck(
         small_disk / "out",
         faults,
