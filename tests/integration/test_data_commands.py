@@ -15,8 +15,8 @@ from kandinsky_dist.data.catalogue import read_manifest
 pytestmark = pytest.mark.integration
 
 
-def run(*arguments, environment=None):
-    return forked.command("data", *arguments, environment=environment)
+def run(*arguments):
+    return forked.command("data", *arguments)
 
 
 def errors(result):
@@ -69,9 +69,10 @@ def test_pack_parquet_with_columns(pictures, tmp_path):
     assert errors(again) == [f"{tmp_path}/shards is already complete (5 samples): kept"]
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
-    result = run("pack", "nobody/nothing", tmp_path / "out", environment={"HF_HUB_OFFLINE": "1"})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # read when the hub's package is imported
+    result = command.command("data", "pack", "nobody/nothing", tmp_path / "out")
     assert result.returncode == 78, result
     (line,) = errors(result)
     assert line.startswith("nobody/nothing is neither a path here nor a dataset that the hub gives: ")

@@ -99,7 +99,8 @@ def networks_under_zero_init(models: Path) -> int:
 def test_frozen_networks_stay_whole_under_zero_init(tiny_models):
     """The plain loader is the control: were zero-init left on, ours would look like it."""
     pytest.importorskip("deepspeed")
-    done = forked.call(networks_under_zero_init, tiny_models, environment={"DS_ACCELERATOR": "cpu"})
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    done = forked.call(networks_under_zero_init, tiny_models, environment=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     text = load_file(tiny_models / "prior" / "text_encoder" / "model.safetensors")
