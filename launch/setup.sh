@@ -63,6 +63,8 @@ install_project() {
     return
   fi
   echo "  into $environment, a minute or two"
-  quietly "$python" -m pip install --disable-pip-version-check -e "$root[$1]"
+  # pip would compile every module of every package, on one core, and for longer than all else that it does. Python
+  # compiles the few that are imported when they are.
+  quietly "$python" -m pip install --disable-pip-version-check --no-compile -e "$root[$1]"
   echo "$wanted" >>"$stamp"
 }
