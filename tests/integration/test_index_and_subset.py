@@ -79,7 +79,9 @@ def test_shards_on_a_server_are_indexed_here_and_trained_on(tiny_models, bare, t
         assert done.stdout.startswith("64 samples in 2 shards"), done
         assert "8 of 10 numbers have no shard" in done.stderr
         places = {"models": tiny_models, "corpus": bare, "run_dir": tmp_path / "run"}
-        done = train("prior", f"data.shards={tmp_path / 'index'}", "run.max_steps=2", **places)
+        # Of samples of a kilobyte the default would plan a quarter of a million in advance.
+        settings = ("run.max_steps=2", "data.read_ahead_mib=1")
+        done = train("prior", f"data.shards={tmp_path / 'index'}", *settings, **places)
         assert done.returncode == 0, done.stderr
         line = one_line(train("prior", f"data.shards={pattern}", **places), DATA)
         assert line.endswith(f"data index '{pattern}' --out FOLDER, and give FOLDER as data.shards"), line
