@@ -122,10 +122,13 @@ test_tier() {
   fi
   check "$tier tests" "${pytest[@]}" --campaign "$campaign" --durations=10 "$@" "${files[@]}"
 }
+unit=()
+[ -n "$changed" ] || unit=(tests/unit)
 for tier in "${tiers[@]}"; do
   case $tier in
     # Neighbours stay on one worker, so that a module's fixtures are made once; who is done takes from the other.
-    unit) test_tier unit -n 2 --dist worksteal -m "not dist and not integration and not slurm and not gpu" ;;
+    # Named, the folder of the unit tests is all that the workers collect.
+    unit) test_tier unit "${unit[@]}" -n 2 --dist worksteal -m "not dist and not integration and not slurm and not gpu" ;;
     process) test_tier process -n 2 --dist worksteal -m "(dist or integration) and not slurm and not gpu" ;;
     slurm) test_tier slurm -m slurm ;;
     gpu) test_tier gpu -m gpu ;;

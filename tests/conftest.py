@@ -1,5 +1,6 @@
 """Tiny networks and a small corpus, made once for all tests and workers; which cases of the campaign run."""
 
+import gc
 import os
 import signal
 import zlib
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from helpers.campaign import FAST_EXAMPLES
 from hypothesis import settings
 
 # A shell's background jobs ignore Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-settings.register_profile("untimed", deadline=None)  # how long an example takes is the machine's affair
-settings.load_profile("untimed")
+# How long an example takes is the machine's affair.
+settings.register_profile("fast", deadline=None, max_examples=FAST_EXAMPLES)
+settings.register_profile("campaign", deadline=None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +29,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="tests and cases marked campaign: none of them (default), all beside the other tests, or the "
         "K-th of N slices (K from 0 to N - 1) and no other test",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the number of Hypothesis's examples before test modules are imported."""
+    settings.load_profile("fast" if config.getoption("campaign") == "none" else "campaign")
+
+
+def pytest_collection_finish() -> None:
+    """Freeze what imports and collection made, half a million objects, for quicker garbage collections."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -41,6 +55,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         is_campaign = item.get_closest_marker("campaign") is not None
         if asked == "none":
             return not is_campaign
+        # The campaign has more examples of it than the fast suite.
+        is_campaign = is_campaign or getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
         # Cases of one test share what it prepares, and so a slice.
         test = item.nodeid.partition("[")[0]
         return is_campaign and zlib.crc32(test.encode()) % int(count) == int(number)

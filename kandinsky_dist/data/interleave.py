@@ -6,6 +6,7 @@ its rate as an exact fraction, so that no share drifts however long the run; a p
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any
 
@@ -75,7 +76,8 @@ class Interleave:
         return sum(int(period * rate) for rate in self._rates)
 
     def _period(self, period: int) -> tuple[npt.NDArray[np.int32], Int64s]:
-        if period not in self._periods:
+        found = self._periods.get(period)  # another thread may drop it at any time
+        if found is None:
             firsts = [int(period * rate) for rate in self._rates]
             counts = [
                 int((period + 1) * rate) - first for rate, first in zip(self._rates, firsts, strict=True)
@@ -87,10 +89,11 @@ class Interleave:
             numbers = np.empty(len(owners), np.int64)
             for owner, (first, count) in enumerate(zip(firsts, counts, strict=True)):
                 numbers[owners == owner] = np.arange(first, first + count)
-            self._periods[period] = owners, numbers
+            found = self._periods[period] = owners, numbers
             if len(self._periods) > NUM_CACHED_PERIODS:
-                self._periods.popitem(last=False)
-        return self._periods[period]
+                with suppress(KeyError):
+                    self._periods.popitem(last=False)
+        return found
 
     def _forget(self) -> None:
         self._periods: OrderedDict[int, tuple[npt.NDArray[np.int32], Int64s]] = OrderedDict()

@@ -9,6 +9,7 @@ World size and workers do not appear anywhere in here: they cannot change what i
 """
 
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,20 @@ def default_chunk_samples(num_samples: int, num_bytes: int | None = None, num_la
     """
     longest = MAX_CHUNK_SAMPLES if num_bytes is None else CHUNK_BYTES * num_samples // max(1, num_bytes)
     return max(1, min(longest, num_samples // (num_lanes * CHUNKS_PER_LANE)), -(-num_samples // MAX_CHUNKS))
+
+
+# Threads of a loader share a plan: another thread may drop an entry that this one has just seen. A lock could
+# be held by another thread while a worker process is forked.
+def _mark_used(cache: OrderedDict[Any, Any], key: Any) -> None:
+    """Make an entry the last one to be dropped."""
+    with suppress(KeyError):
+        cache.move_to_end(key)
+
+
+def _drop_oldest(cache: OrderedDict[Any, Any]) -> None:
+    """Drop the entry that was used least recently."""
+    with suppress(KeyError):
+        cache.popitem(last=False)
 
 
 class Plan:
@@ -140,34 +155,34 @@ class Plan:
         return shards, starts, np.minimum(self.chunk_samples, sizes - starts)
 
     def _epoch(self, epoch: int) -> _Epoch:
-        if epoch not in self._epochs:
+        found = self._epochs.get(epoch)
+        if found is None:
             num_chunks = int(self._chunk_ends[-1])
             first_counter = np.array([epoch * num_chunks])
             (chunks,) = self._permutations(Stream.CHUNK_ORDER, first_counter, num_chunks)
-            self._epochs[epoch] = _Epoch(chunks, np.cumsum(self._chunk_places(chunks)[2]))
+            found = self._epochs[epoch] = _Epoch(chunks, np.cumsum(self._chunk_places(chunks)[2]))
             if len(self._epochs) > NUM_CACHED_EPOCHS:
-                self._epochs.popitem(last=False)
-        self._epochs.move_to_end(epoch)
-        return self._epochs[epoch]
+                _drop_oldest(self._epochs)
+        _mark_used(self._epochs, epoch)
+        return found
 
     def _shuffled(self, epoch: int, starts: Int64s, lengths: Int64s) -> list[npt.NDArray[np.integer]]:
         """The order inside some windows, given their first slots and lengths."""
         keys = [(epoch, start) for start in starts.tolist()]
-        new = np.array([key not in self._windows for key in keys])
+        found = [self._windows.get(key) for key in keys]
+        new = np.array([order is None for order in found])
         for length in np.unique(lengths[new]).tolist():
             alike = np.flatnonzero(new & (lengths == length))
             for some in np.split(alike, range(self.num_lanes, len(alike), self.num_lanes)):
                 first_counters = epoch * self.num_samples + starts[some]
                 orders = self._permutations(Stream.WINDOW_ORDER, first_counters, length)
-                self._windows.update(
-                    (keys[window], order.copy()) for window, order in zip(some, orders, strict=True)
-                )
+                for window, order in zip(some.tolist(), orders, strict=True):
+                    found[window] = self._windows[keys[window]] = order.copy()
         for key in keys:
-            self._windows.move_to_end(key)
-        found = [self._windows[key] for key in keys]
+            _mark_used(self._windows, key)
         while len(self._windows) > 2 * self.num_lanes:  # each has one in use, and soon the next one
-            self._windows.popitem(last=False)
-        return found
+            _drop_oldest(self._windows)
+        return [order for order in found if order is not None]
 
     def _permutations(self, stream: Stream, first_counters: Int64s, length: int) -> npt.NDArray[np.integer]:
         """Random orders of 0..length-1, a row for each counter, of which `length` are used from there on.

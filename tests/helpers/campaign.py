@@ -1,10 +1,14 @@
-"""Cases of a large test: those of the fast suite, and those of the campaign (`--campaign` in conftest.py)."""
+"""Cases and examples of large tests: few in the fast suite, all with `--campaign` (conftest.py)."""
 
 from collections.abc import Callable, Iterable
 from itertools import combinations
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+FAST_EXAMPLES = 20
+"""Hypothesis's examples of a test in the fast suite, where it names no other number."""
 
 
 def cases(every: Iterable[Any], is_fast: Callable[[Any], bool]) -> list[Any]:
@@ -20,6 +24,17 @@ def cases(every: Iterable[Any], is_fast: Callable[[Any], bool]) -> list[Any]:
         else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.campaign)
         for case in every
     ]
+
+
+def examples(campaign: int, fast: int = FAST_EXAMPLES) -> settings:
+    """Return a decorator that sets how many examples Hypothesis tries, without a limit on the time of one.
+
+    Args:
+        campaign: with `--campaign`.
+        fast: without it.
+    """
+    is_fast = settings.get_current_profile_name() == "fast"
+    return settings(max_examples=min(fast, campaign) if is_fast else campaign, deadline=None)
 
 
 def pairwise(every: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kandinsky_dist.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, Stage
-from kandinsky_dist.models.architectures import Size, architecture
+from kandinsky_dist.models.architectures import Architecture, architecture
 
 NAMES = {
     "prior": {"prior": "prior", "text_encoder": "text_encoder", "image_encoder": "image_encoder"},
@@ -14,9 +14,17 @@ NAMES = {
 }
 
 
-def write_shapes(folder: Path, size: Size) -> Path:
+def least() -> Architecture:
+    """Return the tiny shapes with as few layers as have every kind of block."""
+    shapes = architecture("tiny")
+    down, up = shapes.unet["down_block_types"], shapes.unet["up_block_types"]
+    shapes.prior["num_layers"] = 2
+    shapes.unet.update(block_out_channels=[32, 64], down_block_types=down[:2], up_block_types=up[-2:])
+    return shapes
+
+
+def write_shapes(folder: Path, shapes: Architecture) -> Path:
     """FOLDER/prior and FOLDER/decoder."""
-    shapes = architecture(size)
     for pipeline, networks in NAMES.items():
         for component, name in networks.items():
             path = folder / pipeline / component / "config.json"
@@ -26,13 +34,14 @@ def write_shapes(folder: Path, size: Size) -> Path:
 
 
 def config_of(folder: Path, stage: Stage, **parallel: Any) -> Config:
-    """A configuration on such folders: micro-batches of 4, 128 pixels.
+    """A configuration on such folders: micro-batches of 4, 64 pixels.
 
-    At 64 pixels the U-Net's innermost maps are single pixels, whose memory format is anybody's guess.
+    Of the tiny U-Net, not of the least one, the innermost maps are then single pixels, whose memory format is
+    undefined.
     """
     config = Config(
         stage=stage,
         model=ModelConfig(prior=str(folder / "prior"), decoder=str(folder / "decoder")),
-        data=DataConfig(global_batch_size=64, micro_batch_size=4, resolution=128),
+        data=DataConfig(global_batch_size=64, micro_batch_size=4, resolution=64),
     )
     return replace(config, parallel=ParallelConfig(**parallel))

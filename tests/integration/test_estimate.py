@@ -8,13 +8,14 @@ from helpers.shapes import write_shapes
 
 from kandinsky_dist.bench.cases import to_markdown
 from kandinsky_dist.bench.record import Record
+from kandinsky_dist.models.architectures import architecture
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    return write_shapes(tmp_path_factory.mktemp("shapes"), "tiny")
+    return write_shapes(tmp_path_factory.mktemp("shapes"), architecture("tiny"))
 
 
 def estimate(shapes, *words):

@@ -6,6 +6,7 @@ the operating system, sizes of buffers, and what only a GPU runs.
 """
 
 import ast
+import functools
 import re
 from dataclasses import dataclass
 
@@ -277,6 +278,7 @@ def _is_sequence(node: ast.expr) -> bool:
     return is_text or isinstance(node, ast.JoinedStr | ast.List | ast.Tuple | ast.ListComp | ast.Dict)
 
 
+@functools.cache
 def edits_of(path: str, source: bytes) -> list[Edit]:
     """Return all edits of a file, in the order of their lines; some may not compile."""
     collector = _Collector(path, source)

@@ -12,11 +12,13 @@ CPU = torch.device("cpu")
 NUM_PARAMETERS = 64 * 32 + 32
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def thawed():
     """`forget_the_past` freezes the whole process's objects; the other tests want theirs collected."""
     yield
     gc.unfreeze()
+    gc.collect()
+    gc.freeze()  # as after collection
 
 
 @pytest.fixture

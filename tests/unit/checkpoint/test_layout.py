@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.campaign import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kandinsky_dist.checkpoint.inspect import describe
@@ -36,7 +37,7 @@ def write(folder, values, cuts):
         write_tensors(folder / f"rank_{rank:05d}.safetensors", saved)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(data=st.data())
 def test_any_range_is_read_back_however_it_was_cut(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")

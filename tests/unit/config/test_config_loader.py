@@ -4,7 +4,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from helpers.campaign import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kandinsky_dist.config.loader import Layer, command_line_layer, load, recipe_names
@@ -257,7 +258,7 @@ texts = st.one_of(
     directory=texts,
     allow_change=st.lists(texts, max_size=3),
 )
-@settings(deadline=None, max_examples=100)
+@examples(100)
 def test_resolved_yaml_loads_back_whatever_the_values(
     tmp_path_factory, learning_rate, snr_gamma, num_workers, audit, directory, allow_change
 ):

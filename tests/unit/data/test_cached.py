@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.campaign import cases
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -204,7 +205,7 @@ def longest(batch) -> int:
     return int(batch.token_mask_BL.sum(1).max())
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", cases([1, 2, 4], lambda world_size: world_size == 2))
 def test_captions_of_one_length_share_a_micro_batch_and_a_step_keeps_its_samples(corpora, world_size):
     data = dataset(corpora / "prior", caption_dropout=0.4)
 

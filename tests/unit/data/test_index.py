@@ -414,12 +414,12 @@ def test_damaged_and_absent_remote_shards(make_corpus, tmp_path, caplog):
     with http_server(Path(manifest.root)) as server:
         pattern = f"{server.url}/train-{{000..004}}.tar"
         with caplog.at_level(logging.WARNING):
-            assert index(pattern, out=tmp_path / "out").num_samples == 3
+            assert index(pattern, out=tmp_path / "out", num_processes=1).num_samples == 3
         assert f"2 of 5 numbers have no shard, first {server.url}/train-001.tar" in caplog.text
         with pytest.raises(DataError, match="404"):
-            index(f"{server.url}/train-001.tar", out=tmp_path / "one")
+            index(f"{server.url}/train-001.tar", out=tmp_path / "one", num_processes=1)
         with pytest.raises(DataError, match="none of the 2 shards exists"):
-            index(f"{server.url}/x-{{0..1}}.tar", out=tmp_path / "none")
+            index(f"{server.url}/x-{{0..1}}.tar", out=tmp_path / "none", num_processes=1)
         cut(Path(manifest.tar(2)))
         with pytest.raises(DataError, match=r"1 of 3 shards are damaged: .*/train-002\.tar is cut short"):
             index(pattern, out=tmp_path / "out", num_processes=1)

@@ -1,3 +1,5 @@
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -49,6 +51,22 @@ def test_long_periods_are_cut_without_changing_shares(monkeypatch):
     owners, numbers = Interleave([Fraction(300), Fraction(100)], seed=0).locate(np.arange(4000))
     assert np.bincount(owners).tolist() == [3000, 1000]
     assert sorted(numbers[owners == 1]) == list(range(1000))
+
+
+def test_threads_share_an_interleave(monkeypatch):
+    """Each drops what others have just looked up."""
+    monkeypatch.setattr(interleave, "NUM_CACHED_PERIODS", 1)
+    shared = Interleave([Fraction(3), Fraction(1)], seed=0)
+    turns = np.random.default_rng(0).integers(0, 400, 500)
+    expected = [shared.locate([turn])[1].item() for turn in turns]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda turn: shared.locate([turn])[1].item(), turns))
+    finally:
+        sys.setswitchinterval(before)
+    assert found == expected
 
 
 def test_another_seed_is_another_order():

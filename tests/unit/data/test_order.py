@@ -4,7 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from helpers.campaign import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kandinsky_dist.data.aspects import NUM_ASPECTS, WHOLE
@@ -40,7 +41,7 @@ def test_an_epoch_has_every_sample_once(counts, seed, epoch):
 
 
 @given(parts=st.lists(counts, min_size=2, max_size=3), seed=st.integers(0, 50), data=st.data())
-@settings(max_examples=40)
+@examples(40, fast=8)
 def test_a_mixture_keeps_its_shares_and_each_corpus_its_epochs(parts, seed, data):
     manifests = [corpus(part, f"c{number}") for number, part in enumerate(parts)]
     weights = [data.draw(st.integers(1, 5)) for _ in parts]
@@ -59,7 +60,7 @@ def test_a_mixture_keeps_its_shares_and_each_corpus_its_epochs(parts, seed, data
 
 
 @given(counts=counts, batch=st.integers(1, 12), seed=st.integers(0, 50))
-@settings(max_examples=60)
+@examples(60)
 def test_buckets_fill_whole_batches_and_repeat_nothing(counts, batch, seed):
     manifest = corpus(counts)
     order = Order([manifest], seed=seed, bucket_samples=batch)
@@ -94,7 +95,7 @@ def test_buckets_are_exact_over_whole_periods():
     start=st.integers(0, 10**7),
     world_sizes=st.permutations([1, 2, 3, 4]),
 )
-@settings(max_examples=30)
+@examples(30, fast=10)
 def test_world_size_changes_nothing(counts, batch, start, world_sizes):
     order = Order([corpus(counts)], seed=7, bucket_samples=batch)
     base = start * batch
@@ -110,7 +111,7 @@ def test_world_size_changes_nothing(counts, batch, start, world_sizes):
 
 
 @given(counts=counts, position=st.integers(0, 10**9), bucket=st.sampled_from([None, 6]))
-@settings(max_examples=50)
+@examples(50)
 def test_replacements_are_of_the_same_bucket_and_depend_on_the_position_alone(counts, position, bucket):
     order = Order([corpus(counts)], seed=5, bucket_samples=bucket)
     again = Order([corpus(counts)], seed=5, bucket_samples=bucket)

@@ -6,7 +6,8 @@ import tracemalloc
 
 import pytest
 from data_tars import picture
-from hypothesis import given, settings
+from helpers.campaign import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kandinsky_dist.data.packing.pack import Columns, open_source, pack
@@ -248,7 +249,7 @@ def test_rows_of_a_table_are_not_held(source, kind):
     assert held[1] < held[0] + 40_000, held  # 3,800 rows more, of 100 bytes and more each
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.text("ab-12./_\ud800", max_size=5), max_size=40))
 def test_keys_are_unique_and_can_be_keys(names):
     class Small(UniqueKeys):

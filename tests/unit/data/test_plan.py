@@ -1,9 +1,12 @@
 import pickle
+import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from helpers.campaign import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kandinsky_dist.data.plan import Plan, default_chunk_samples
@@ -20,7 +23,7 @@ sizes = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 400)), min_size=1, 
     window_chunks=st.integers(1, 6),
     epoch=st.one_of(st.integers(0, 3), st.just(10**6)),
 )
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_every_sample_exactly_once_an_epoch(sizes, seed, num_lanes, chunk_samples, window_chunks, epoch):
     plan = Plan(
         sizes, seed=seed, num_lanes=num_lanes, chunk_samples=chunk_samples, window_chunks=window_chunks
@@ -35,7 +38,7 @@ def test_every_sample_exactly_once_an_epoch(sizes, seed, num_lanes, chunk_sample
 
 
 @given(sizes=sizes, seed=st.integers(0, 100), data=st.data())
-@settings(max_examples=50, deadline=None)
+@examples(50)
 def test_a_position_does_not_depend_on_what_else_is_asked(sizes, seed, data):
     plan, other = Plan(sizes, seed=seed), pickle.loads(pickle.dumps(Plan(sizes, seed=seed)))
     positions = np.array(data.draw(st.lists(st.integers(0, 10 * sum(sizes)), min_size=1, max_size=50)))
@@ -44,6 +47,25 @@ def test_a_position_does_not_depend_on_what_else_is_asked(sizes, seed, data):
         [np.stack(other.locate(positions[n : n + 1])) for n in range(len(positions))], axis=1
     )
     np.testing.assert_array_equal(together, alone)
+
+
+@pytest.fixture
+def impatient_threads():
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_threads_share_a_plan(impatient_threads):
+    """As a loader's threads do where they replace damaged samples; each drops what others look up."""
+    plan = Plan([64], seed=0, num_lanes=1, chunk_samples=2)
+    positions = np.random.default_rng(0).integers(0, 5 * 64, 500)
+    expected = [plan.locate([position])[1].item() for position in positions]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda position: plan.locate([position])[1].item(), positions))
+    assert found == expected
 
 
 def test_epochs_and_seeds_differ():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from data_tars import fail_reads
-from hypothesis import given, settings
+from helpers.campaign import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kandinsky_dist.data import records
@@ -165,7 +166,7 @@ def holds(record: bytes) -> bool:
 
 
 @given(data=st.data(), num_threads=st.integers(0, 3), located_at_once=st.sampled_from([1, 5, 4096]))
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_threads_and_blocks_change_nothing(tmp_path_factory, data, num_threads, located_at_once):
     folder = tmp_path_factory.getbasetemp() / "records_property"
     if not folder.exists():

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from helpers.campaign import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kandinsky_dist.data.checking.statistics import EXACT, Histogram, prints_of, repeats
@@ -14,7 +15,7 @@ def histogram_of(values):
     return histogram
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(numbers, numbers)
 def test_in_parts_or_at_once_it_is_the_same(first, second):
     parts, whole = histogram_of(first), histogram_of(first + second)
@@ -27,7 +28,7 @@ def test_in_parts_or_at_once_it_is_the_same(first, second):
         assert (histogram.least, histogram.most) == (min(first + second), max(first + second))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(numbers, st.integers(0, 100))
 def test_quantiles_are_near(values, percent):
     rank = max(0, -(-percent * len(values) // 100) - 1)
@@ -57,7 +58,7 @@ def test_of_nothing():
     assert repeats([]).share == 0
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.integers(-1, 5), max_size=40), st.integers(1, 3))
 def test_repeats(checksums, one_in):
     checksums_n = np.array(checksums, np.int64)

@@ -71,14 +71,16 @@ def _read_all(storage, order, results):
     results.put([storage.read(Place(shard, index)).key for shard, index in order])
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_processes_share_a_storage(make_corpus, method):
+@pytest.mark.parametrize(("method", "num_children"), [("fork", 2), ("spawn", 1)])
+def test_processes_share_a_storage(make_corpus, method, num_children):
     storage = LocalStorage(make_corpus([4, 4]))
     storage.read(Place(0, 0))  # open in the parent when it forks
     context = multiprocessing.get_context(method)
     results = context.Queue()
     order = [(shard, index) for shard in (1, 0) for index in range(4)]
-    children = [context.Process(target=_read_all, args=(storage, order, results)) for _ in range(2)]
+    children = [
+        context.Process(target=_read_all, args=(storage, order, results)) for _ in range(num_children)
+    ]
     for child in children:
         child.start()
     for _ in children:

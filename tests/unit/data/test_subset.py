@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_tars import picture, write_tar
-from hypothesis import given, settings
+from helpers.campaign import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kandinsky_dist.data.catalogue import check_presence, read_manifest
@@ -158,7 +159,7 @@ def test_what_cannot_be_meant(corpus, tmp_path, conditions, words):
     max_aspect=st.none() | st.floats(0.4, 4),
     min_caption_length=st.none() | st.integers(1, 12),
 )
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_any_mixture_of_conditions(corpus, tmp_path_factory, min_side, max_aspect, min_caption_length):
     sizes = [size or (0, 0) for shard in SIZES for size in shard]
     expected = [

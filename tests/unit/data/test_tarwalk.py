@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from data_tars import picture, write_tar
-from hypothesis import given, settings
+from helpers.campaign import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kandinsky_dist.data.indexing.samples import is_image
@@ -44,7 +45,7 @@ MEMBERS = st.lists(
 
 
 @given(members=MEMBERS)
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_any_mixture_of_formats_is_seen_as_tarfile_does(tmp_path_factory, members):
     path = tmp_path_factory.mktemp("tar") / "a.tar"
     data = b"".join(header_and_payload(f"x{name}", *rest) for name, *rest in members)
@@ -233,7 +234,7 @@ def test_damaged_pax_records_are_placed(tmp_path, records):
 
 
 @given(bit=st.integers(0, 8 * 512 - 1))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_no_flipped_bit_of_a_header_goes_unseen(tmp_path_factory, bit):
     path = tmp_path_factory.mktemp("tar") / "a.tar"
     data = bytearray(

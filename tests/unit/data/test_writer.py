@@ -1,7 +1,6 @@
 import logging
-import subprocess
-import sys
-import textwrap
+import multiprocessing
+import resource
 
 import pytest
 from data_tars import picture
@@ -11,7 +10,7 @@ from kandinsky_dist.data.packing.writer import write_shards
 from kandinsky_dist.data.shard_index import read_shard_index
 from kandinsky_dist.data.storage import LocalStorage
 from kandinsky_dist.data.tables import Place
-from kandinsky_dist.errors import ConfigError, DataError
+from kandinsky_dist.errors import ConfigError, DataError, DiskFullError
 
 ORIGIN = {"command": "test", "seed": 1}
 
@@ -95,28 +94,24 @@ def test_long_keys(tmp_path):
     assert LocalStorage(manifest).read(Place(0, 0)).key == key
 
 
+def _write_little(out, sent):
+    """Write shards in a process that may not write as much."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    samples = ({"__key__": str(n), "png": bytes(30_000), "txt": b"x"} for n in range(100))
+    try:
+        write_shards(samples, out, samples_per_shard=50, origin={})
+    except DiskFullError as error:
+        sent.put(str(error))
+
+
 def test_no_space_left_is_one_line_and_leaves_nothing(tmp_path):
     """A limit on file size stands for a full disk: the same failing write, without filling one."""
-    program = f"""
-        import resource
-        from pathlib import Path
-        from kandinsky_dist.data.packing.writer import write_shards
-        from kandinsky_dist.errors import DiskFullError
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        samples = ({{"__key__": str(n), "png": bytes(30_000), "txt": b"x"}} for n in range(100))
-        try:
-            write_shards(samples, Path({str(tmp_path / "a")!r}), samples_per_shard=50, origin={{}})
-        except DiskFullError as error:
-            print(error)
-    """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.stdout.startswith(f"no space left for {tmp_path}/a in {tmp_path} ("), result
-    assert result.stdout.count("\n") == 1
+    context = multiprocessing.get_context("fork")
+    sent = context.Queue()
+    child = context.Process(target=_write_little, args=(tmp_path / "a", sent))
+    child.start()
+    message = sent.get(timeout=120)
+    child.join()
+    assert message.startswith(f"no space left for {tmp_path}/a in {tmp_path} (")
+    assert "\n" not in message
     assert list(tmp_path.iterdir()) == []

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers.shapes import write_shapes
+from helpers.shapes import least, write_shapes
 
 from kandinsky_dist.bench.forecast_check import traffic
 from kandinsky_dist.bench.memory_report import fullest, states
@@ -129,7 +129,7 @@ def test_a_file_that_is_none_of_deepspeeds_is_said(tmp_path):
 @pytest.fixture(scope="module")
 def forecaster(tmp_path_factory):
     """Of a tiny prior, whose samples are cached."""
-    folder = write_shapes(tmp_path_factory.mktemp("shapes"), "tiny")
+    folder = write_shapes(tmp_path_factory.mktemp("shapes"), least())
     settings = {
         "model.prior": str(folder / "prior"),
         "data.source": "cached",
@@ -147,12 +147,12 @@ def cluster(gib, num_gpus=4):
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(forecaster):
-    small = cluster(0.1)
+    small = cluster(0.015)
     largest = forecaster.largest_micro_batch(small)
     asked = forecaster.forecast(small)
     trace = forecaster.survey.trace
     room = small.room - asked.memory.resident
-    assert small.room == 0.1 * 2**30 * (1 - HEADROOM)
+    assert small.room == 0.015 * 2**30 * (1 - HEADROOM)
     assert largest > 4
     assert trace("ddp", "bf16", is_recomputed=False, num_samples=largest).peak <= room
     assert trace("ddp", "bf16", is_recomputed=False, num_samples=largest + 2).peak > room

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +17,17 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def prior_folder(tiny_models: Path) -> Path:
     return tiny_models / "prior"
+
+
+@pytest.fixture(scope="session")
+def other_models(shared_folder: Path, prior_folder: Path) -> Path:
+    """Folders like `tiny_models`, of another seed."""
+    from kandinsky_dist.models.init import initialise
+
+    with FileLock(shared_folder / "other_models.lock"):
+        out = shared_folder / "other_models"
+        initialise("tiny", out, seed=1, tokenizer=str(prior_folder))
+        return out
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kandinsky_dist.errors import ConfigError
-from kandinsky_dist.models.init import initialise
 from kandinsky_dist.models.load import ModelSource, freeze_statistics, pipeline_folder
 
 PRIOR_PARTS = ("prior", "tokenizer", "text_encoder", "image_encoder", "image_processor", "scheduler")
@@ -137,10 +136,9 @@ def test_build_reads_no_weights_and_works_on_fake_tensors(copy):
         assert ModelSource(copy, "prior").build().proj_in.weight.is_meta
 
 
-def test_fingerprint_is_of_the_architecture_alone(tmp_path, copy, prior_folder):
+def test_fingerprint_is_of_the_architecture_alone(copy, prior_folder, other_models):
     expected = ModelSource(prior_folder, "prior").fingerprint
-    initialise("tiny", tmp_path / "other", seed=3, tokenizer=str(prior_folder))
-    assert ModelSource(tmp_path / "other" / "prior", "prior").fingerprint == expected, "other weights"
+    assert ModelSource(other_models / "prior", "prior").fingerprint == expected, "other weights"
     path = copy / "prior" / "config.json"
     settings = json.loads(path.read_text())
     older = {name: value for name, value in settings.items() if name not in ("time_embed_dim", "dropout")}
@@ -165,15 +163,14 @@ def test_messages_name_no_more_than_one_line_of_a_foreign_error(copy):
     assert re.fullmatch(r".*: copy or download it again", refusal(copy))
 
 
-def test_weights_of_another_folder_take_the_place_of_the_pipelines(tmp_path, prior_folder):
+def test_weights_of_another_folder_take_the_place_of_the_pipelines(tmp_path, prior_folder, other_models):
     """The network's own folder, or one in which it lies; what is not of the architecture plays no part."""
-    initialise("tiny", tmp_path / "other", seed=3, tokenizer=str(prior_folder))
-    other = ModelSource(tmp_path / "other" / "prior", "prior").state_dict()
+    other = ModelSource(other_models / "prior", "prior").state_dict()
     source = ModelSource(prior_folder, "prior")
-    average = shutil.copytree(tmp_path / "other" / "prior" / "prior", tmp_path / "prior_ema")
+    average = shutil.copytree(other_models / "prior" / "prior", tmp_path / "prior_ema")
     settings = json.loads((average / "config.json").read_text())
     (average / "config.json").write_text(json.dumps({**settings, "decay": 0.9999, "optimization_step": 3}))
-    for name in (tmp_path / "other" / "prior", tmp_path / "other" / "prior" / "prior", average):
+    for name in (other_models / "prior", other_models / "prior" / "prior", average):
         found = source.with_weights(str(name))
         weights = found.state_dict()
         assert weights.keys() == other.keys()

@@ -40,7 +40,9 @@ def trained(module):
 
 def test_only_adapters_are_trained_and_the_output_starts_unchanged(source):
     module = loaded(source)
-    before = output(module)
+    # torch multiplies batches of matrices in another way where the weight needs a gradient; on some CPUs the
+    # two ways round differently. Adapters freeze the weights.
+    before = output(module.requires_grad_(False))
     add_adapters(module, 4)
     torch.testing.assert_close(output(module), before, atol=0, rtol=0)
     names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}

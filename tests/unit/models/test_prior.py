@@ -1,10 +1,12 @@
 """The pad-free forward against diffusers' own: outputs and gradients of every parameter."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
 from diffusers import PriorTransformer
+from helpers.campaign import cases, pairwise
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kandinsky_dist.errors import ConfigError
@@ -14,6 +16,9 @@ from kandinsky_dist.models.prior import make_pad_free
 
 WIDTH, NUM_LAYERS = 24, 3
 LENGTHS = [[77, 2, 30], [2, 2, 2], [77, 77, 77], [16, 16, 16], [5, 9, 24], [1, 8, 3]]
+# Lengths, draws, padding, whether blocks are recomputed.
+PACKED = list(product(LENGTHS, [None, 1, 3], [0, 1, 7], [False, True]))
+SHARED = list(product(LENGTHS[:5], [1, 2, 5], [False, True]))
 
 
 def networks(**settings):
@@ -102,10 +107,9 @@ def test_outputs_and_gradients_are_diffusers(lengths, is_recomputed):
         (plain(**arguments).predicted_image_embedding * direction).sum().backward()
 
 
-@pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("num_padding", [0, 1, 7])
-@pytest.mark.parametrize("num_draws", [None, 1, 3])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "num_draws", "num_padding", "is_recomputed"), cases(PACKED, pairwise(PACKED).__contains__)
+)
 def test_packed_tokens_give_what_diffusers_gives(lengths, num_draws, num_padding, is_recomputed):
     plain, ours = networks()
     if is_recomputed:
@@ -135,9 +139,9 @@ def test_packed_rows_are_those_of_the_text_and_what_is_behind_it():
     assert rows == [of_all, of_all, 3 * 2, of_all + 3, of_all + 3, 3 * 2]
 
 
-@pytest.mark.parametrize("is_recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("num_draws", [1, 2, 5])
-@pytest.mark.parametrize("lengths", LENGTHS[:5], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "num_draws", "is_recomputed"), cases(SHARED, pairwise(SHARED).__contains__)
+)
 def test_draws_that_share_a_text_are_as_many_forwards(lengths, num_draws, is_recomputed):
     plain, ours = networks()
     if is_recomputed:

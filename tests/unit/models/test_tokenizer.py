@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.campaign import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
@@ -45,7 +46,7 @@ def test_no_captions(prior_folder):
     assert tokens_BL.shape == mask_BL.shape == (0, 77)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25, fast=8)
 @given(st.lists(st.text(max_size=120), min_size=1, max_size=3))
 def test_same_as_the_pipelines_own_call(prior_folder, captions):
     tokens_BL, mask_BL = load_once(prior_folder)(captions)

@@ -1,10 +1,7 @@
-import multiprocessing
-import socket
-
 import pytest
 
 from kandinsky_dist.preflight.judge import slow_links
-from kandinsky_dist.preflight.network import Links, measure, partner
+from kandinsky_dist.preflight.network import Links, partner
 
 NODES = ("n0", "n1", "n2", "n3")
 FAST = [Links(node, 40.0, (45.0, 44.0)) for node in NODES]
@@ -61,25 +58,3 @@ def test_lines_of_other_programs_are_none():
     assert Links.of_line(FAST[0].to_line()) == FAST[0]
     for line in ("", "[]", "{}", "3", '{"node": "n0"}', '{"node": "n0", "all_reduce": 1, "pairs": 3}'):
         assert Links.of_line(line) is None
-
-
-def _measured(index, port, queue):
-    environ = {"SLURM_PROCID": str(index), "SLURM_NTASKS": "3", "RENDEZVOUS": f"127.0.0.1:{port}"}
-    queue.put(measure(f"n{index}", environ))
-
-
-def test_three_nodes_measure():
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    tasks = [context.Process(target=_measured, args=(index, port, queue)) for index in range(3)]
-    for task in tasks:
-        task.start()
-    found = sorted((queue.get(timeout=120) for _ in tasks), key=lambda links: links.node)
-    for task in tasks:
-        task.join()
-    assert [links.node for links in found] == ["n0", "n1", "n2"]
-    assert [len(links.pairs) for links in found] == [1, 2, 1], "of three in a row the middle one has two"
-    assert all(links.all_reduce > 0 and min(links.pairs) > 0 for links in found)

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from helpers.campaign import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -42,7 +43,6 @@ def correlation(left: Tensor, right: Tensor) -> float:
 
 
 @given(seed=seeds, stream=streams, counters=positions)
-@settings(deadline=None)
 def test_numpy_and_torch_agree_bit_for_bit(seed, stream, counters):
     on_host = hashing.hash_counters(seed, stream, counters)
     on_device = rng.hash_counters(seed, stream, torch.tensor(counters, dtype=torch.int64))
@@ -51,7 +51,6 @@ def test_numpy_and_torch_agree_bit_for_bit(seed, stream, counters):
 
 
 @given(seed=seeds, stream=streams, counters=positions)
-@settings(deadline=None)
 def test_uniform_is_the_same_number_on_both_sides_and_below_one(seed, stream, counters):
     on_host = hashing.uniform(seed, stream, counters)
     on_device = rng.uniform(seed, stream, torch.tensor(counters, dtype=torch.int64))
@@ -182,7 +181,7 @@ def test_draws_that_should_be_independent_are_uncorrelated(left, right):
 
 
 @given(shift=st.integers(0, 2**40), order=st.permutations(range(6)), split=st.integers(1, 5))
-@settings(deadline=None, max_examples=30)
+@examples(30)
 def test_noise_of_a_sample_does_not_depend_on_its_batch(shift, order, split):
     positions_B = torch.arange(6) + shift
     whole = rng.normal(SEED, Stream.NOISE, positions_B, (4, 3, 3))

@@ -5,7 +5,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from helpers.campaign import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kandinsky_dist.submit.script import Job, render, sbatch_quote
@@ -84,7 +85,7 @@ def echoing(tmp_path_factory) -> Path:
     return checkout
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(words=st.lists(hostile, max_size=3), srun=st.lists(hostile, max_size=3), value=hostile)
 def test_whatever_is_asked_for_arrives_as_it_is(echoing, words, srun, value):
     job = Job(
@@ -107,7 +108,7 @@ def test_whatever_is_asked_for_arrives_as_it_is(echoing, words, srun, value):
     assert arrived == [str(len(words) + 1), "prior", *words, value, value, value, str(echoing), *srun]
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(word=hostile)
 def test_the_header_is_read_back_as_sbatch_reads_it(word):
     assert _as_sbatch(f" {sbatch_quote(word)} ") == [word]

@@ -1,6 +1,9 @@
 import importlib.util
+from pathlib import Path
 
 import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(
@@ -16,8 +19,8 @@ import pytest
         ([-15], 143),
     ],
 )
-def test_one_exit_status_for_all_ranks(codes, status, repository):
-    spec = importlib.util.spec_from_file_location("run_ranks", repository / "launch" / "run_ranks.py")
+def test_one_exit_status_for_all_ranks(codes, status):
+    spec = importlib.util.spec_from_file_location("run_ranks", REPOSITORY / "launch" / "run_ranks.py")
     assert spec
     assert spec.loader
     run_ranks = importlib.util.module_from_spec(spec)
