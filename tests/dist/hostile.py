@@ -13,6 +13,7 @@ import torch
 
 from kandinsky_dist.checkpoint import manager
 from kandinsky_dist.checkpoint.layout import CheckpointReader
+from kandinsky_dist.cli import main
 from kandinsky_dist.config import loader
 from kandinsky_dist.faults.preempt import StopRequest
 from kandinsky_dist.parallel.base import FRAGMENT_KINDS
@@ -73,6 +74,13 @@ def all_runs_in_fp16(runs: Sequence[Run]) -> list[dict[str, Any]]:
     accelerator = import_deepspeed("cpu").get_accelerator()
     accelerator.is_fp16_supported = lambda: True
     return all_runs(runs)
+
+
+def command_where_fp16_is_refused(arguments: list[str]) -> int:
+    """Run the command line where DeepSpeed takes no fp16: it takes it on CPUs with AVX512-FP16 alone."""
+    accelerator = import_deepspeed("cpu").get_accelerator()
+    accelerator.is_fp16_supported = lambda: False
+    return main(arguments)
 
 
 def one_run(run: Run, process: Process) -> dict[str, Any]:
