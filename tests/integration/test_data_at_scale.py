@@ -64,14 +64,14 @@ class CountingStorage(LocalStorage):
         return super().read(place, extensions)
 
 
-@pytest.mark.parametrize("num_read", cases([640, 6400], lambda num_read: num_read == 640))
+@pytest.mark.parametrize("num_read", cases([3000, 20000], lambda num_read: num_read == 3000))
 def test_memory_of_a_worker_is_flat(num_read, tmp_path: Path):
-    """Photographs of 1024 pixels: a few show a leak of decoded samples, many a smaller one.
+    """Photographs of 1024 pixels; over 640 of them memory still rises by 8% as the workers warm up.
 
     In a process of its own: workers begin with the free memory of the one that they come from. Medians, as a
     look that falls on a batch being handed over finds one batch more than the next.
     """
-    JPEG_SHARDS.write(tmp_path / "shards", 16)
+    JPEG_SHARDS.write(tmp_path / "shards", 64)
     (private,) = run_on_ranks(private_memory, 1, str(tmp_path / "shards"), num_read)
     early = median(value for count, value in private.items() if 0.2 * num_read < count <= 0.6 * num_read)
     late = median(value for count, value in private.items() if count > 0.6 * num_read)
