@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kandinsky_dist.train import build
 from kandinsky_dist.train.cost import step_cost
 
-DRAWS, LORA = ("objective.noise_draws=3",), ("model.variant=lora",)
+DRAWS, LORA = "objective.noise_draws=3", "model.variant=lora"
 
 
 def counted(config, objective, batches):
@@ -26,11 +26,10 @@ def counted(config, objective, batches):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    cases([(), DRAWS, LORA, DRAWS + LORA], [(), DRAWS + LORA].__contains__),
+    "settings", cases(["", DRAWS, LORA, f"{DRAWS} {LORA}"], ["", f"{DRAWS} {LORA}"].__contains__)
 )
 def test_a_prior_step_costs_what_is_done_at_its_batches_lengths(settings, tiny_models, small_corpus):
-    config = configuration("prior", *settings, models=tiny_models, corpus=small_corpus)
+    config = configuration("prior", *settings.split(), models=tiny_models, corpus=small_corpus)
     objective, loader = objective_of(config), loader_of(config)
     batches = [padded(batch_at(loader, range(3)), length) for length in (16, 40, 77)]
     batches.append(batch_at(loader, [5]))
